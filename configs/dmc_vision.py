@@ -1,0 +1,24 @@
+"""DeepMind Control Suite from images of 64x64 pixels.
+
+pip install 'dreamerv3-jax[dmc]'
+dreamerv3-jax train --config=dmc_vision --config.env.id=dmc/cheetah_run
+
+The published scores were made with an action repeat of 2: --config.env.repeat=2. On a machine without a
+screen, set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) first. Between the tasks only env.id differs.
+A smaller network, for a smaller GPU, is dmc_vision:size12m.
+"""
+
+import ml_collections
+
+from dreamerv3_jax.configs import base
+
+
+def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
+    """Returns the settings; see `configs/base.py` for all of them."""
+    config = base.get_config(size)
+    config.env.id = 'dmc/walker_walk'
+    config.env.kwargs.vision = True
+    config.env.image_size = 64
+    config.replay.train_ratio = 256.0
+    config.run.steps = 1_000_000
+    return config

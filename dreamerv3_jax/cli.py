@@ -1,0 +1,280 @@
+"""The command line: `train`, `evaluate` and `presets`.
+
+Neither jax nor an environment is imported before the arguments are known to be right, so that help and
+mistakes are answered at once and a mistake leaves nothing behind.
+"""
+
+import argparse
+import difflib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import ml_collections
+
+from dreamerv3_jax import cpu, presets, settings
+from dreamerv3_jax.configs import base
+from dreamerv3_jax.errors import UserError
+
+_PROGRAM = 'dreamerv3-jax'
+_HELP = f"""\
+usage: {_PROGRAM} <command> [options]
+
+DreamerV3 in JAX: learns a model of an environment, and to act by imagining with it.
+
+commands:
+  train      learn in an environment, or go on with a stopped run
+  evaluate   play episodes with a trained agent
+  presets    list the configurations that come with the package
+
+  {_PROGRAM} <command> --help   the options of a command
+  {_PROGRAM} --version          the versions in use
+
+Start with:
+  {_PROGRAM} train --config=quickstart
+"""
+_TRAIN_HELP = f"""\
+usage: {_PROGRAM} train --config=PRESET[:SIZE] [--config.KEY=VALUE ...]
+
+Learns in an environment. The same command again goes on where the run stopped.
+
+options:
+  --config=PRESET[:SIZE]        a preset ("{_PROGRAM} presets" lists them) or path/to/file.py;
+                                a size replaces the preset's own
+  --config.KEY=VALUE            changes one setting; see configs/base.py for all of them
+  --config.env.kwargs.NAME=VALUE
+                                an argument of the environment, as a Python literal
+  --help                        this text
+
+settings that are often changed:
+  --config.env.id=ID            a gymnasium id, dmc/walker_walk, atari/pong, crafter/reward
+                                or my_module:my_function
+  --config.logdir=FOLDER        default: runs/<preset>-<environment>-<size>-seed<seed>
+  --config.seed=0
+  --config.run.steps=1e6        environment frames, action repeat included
+  --config.replay.train_ratio=32
+                                replayed steps per step in the environment
+
+examples:
+  {_PROGRAM} train --config=quickstart
+  {_PROGRAM} train --config=gymnasium:size12m --config.env.id=Pendulum-v1
+  {_PROGRAM} train --config=dmc_vision --config.env.id=dmc/cheetah_run --config.seed=3
+
+sizes:
+  {', '.join(base.SIZES)}
+"""
+_EVALUATE_HELP = f"""\
+usage: {_PROGRAM} evaluate RUN_FOLDER [options]
+
+Plays episodes with the latest checkpoint of a run and prints their mean return.
+
+options:
+  --logdir=RUN_FOLDER           the same as RUN_FOLDER
+  --episodes=20                 number of episodes
+  --seed=0                      seed of the environments, and of the actions if sampled
+  --video=FILE.mp4              also writes a video of the first episode (or FILE.gif)
+  --sample                      samples actions as in training, instead of the likeliest ones
+  --help                        this text
+
+examples:
+  {_PROGRAM} evaluate runs/quickstart-CartPole-v1-nano-seed0
+  {_PROGRAM} evaluate runs/quickstart-CartPole-v1-nano-seed0 --episodes=5 --video=cartpole.mp4
+"""
+_PRESETS_HELP = f"""\
+usage: {_PROGRAM} presets
+
+Lists the presets, what each is for, and the sizes.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the arguments after the program's name; by default those of the process.
+
+    Returns:
+      The exit code: 0, or 2 after a mistake that was answered with one sentence, or 130 after Ctrl-C.
+    """
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f'{_PROGRAM}: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    first = arguments[0] if arguments else ''
+    if first in ('--help', '-h', 'help'):
+        print(_HELP, end='')
+    elif first == '--version':
+        print(_versions())
+    elif first in _COMMANDS:
+        command, text = _COMMANDS[first]
+        if '--help' in arguments or '-h' in arguments:
+            print(text, end='')
+        else:
+            command(arguments[1:])
+    elif not first or first.startswith('-'):
+        hint = '' if not first else f', before {first}'
+        raise UserError(f'Give a command{hint}: {", ".join(_COMMANDS)}.')
+    else:
+        raise UserError(f'There is no command {first!r}{presets.nearest(first, _COMMANDS)}')
+
+
+def _train(arguments: list[str]) -> None:
+    overrides, rest = _split_overrides(arguments)
+    parser = _Parser()
+    parser.add_argument('--config', default='')
+    options = parser.parse(rest)
+    config, preset = _build_config(options.config, overrides)
+    settings.validate(config)
+    logdir = settings.run_folder(config, preset)
+    if logdir.exists() and not logdir.is_dir():
+        raise UserError(f'{logdir} is a file; choose another folder with --config.logdir.')
+    cpu.prepare()
+    from dreamerv3_jax import loop
+
+    loop.train(config, logdir, preset)
+
+
+def _build_config(
+    spec: str, overrides: list[tuple[str, str | None]]
+) -> tuple[ml_collections.ConfigDict, str]:
+    """Returns the settings and the preset's name."""
+    if not spec:
+        raise UserError(
+            f'Choose a preset, as in --config=quickstart; "{_PROGRAM} presets" lists them.'
+        )
+    # The size decides about other settings, so it has to be known first.
+    for key, value in overrides:
+        if key == 'size':
+            spec = f'{presets.split_spec(spec)[0]}:{value}'
+    config = presets.load_config(spec)
+    for key, value in overrides:
+        if key != 'size':
+            settings.override(config, key, value)
+    return config, presets.source_name(spec)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    parser = _Parser()
+    parser.add_argument('folder', nargs='?', default='')
+    parser.add_argument('--logdir', default='')
+    parser.add_argument('--episodes', type=_whole_number, default=20)
+    parser.add_argument('--seed', type=_whole_number, default=0)
+    parser.add_argument('--video', type=Path)
+    parser.add_argument('--sample', action='store_true')
+    options = parser.parse(arguments)
+    logdir = _existing_run(options.folder or options.logdir)
+    if options.folder and options.logdir:
+        raise UserError('Give the run folder once, either bare or with --logdir.')
+    if options.episodes < 1:
+        raise UserError(f'--episodes must be at least 1, not {options.episodes}.')
+    if options.seed < 0:
+        raise UserError(f'--seed must be at least 0, not {options.seed}.')
+    if options.video and options.video.suffix not in ('.mp4', '.gif'):
+        raise UserError(f'--video must end with .mp4 or .gif, unlike {options.video}.')
+    cpu.prepare()
+    from dreamerv3_jax import evaluation
+
+    result = evaluation.evaluate(
+        logdir,
+        episodes=options.episodes,
+        seed=options.seed,
+        video=options.video,
+        sample=options.sample,
+    )
+    lengths = result['lengths']
+    print(
+        f'mean return {result["mean"]:.2f} ± {result["ci95"]:.2f} (95% confidence interval, '
+        f'{len(result["returns"])} episodes, mean length {sum(lengths) / len(lengths):.1f})'
+    )
+
+
+def _existing_run(name: str) -> Path:
+    if not name:
+        raise UserError(f'Name the run folder, as in {_PROGRAM} evaluate runs/quickstart-...')
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    others = [path for path in folder.parent.glob('*') if path.is_dir()]
+    close = difflib.get_close_matches(folder.name, [path.name for path in others], n=1)
+    hint = f'; did you mean {folder.parent / close[0]}?' if close else '.'
+    raise UserError(f'There is no run folder {folder}{hint}')
+
+
+def _presets(arguments: list[str]) -> None:
+    _Parser().parse(arguments)
+    names = presets.names()
+    width = max(map(len, names))
+    for name in names:
+        print(f'{name:{width}}  {presets.describe(name)}')
+    print(f'\nSizes: {", ".join(base.SIZES)}.')
+    print(f'Start one with: {_PROGRAM} train --config=quickstart')
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """Separates `--config.key=value` and `--config.key value` from the other arguments."""
+    overrides: list[tuple[str, str | None]] = []
+    rest: list[str] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith('--config.'):
+            rest.append(argument)
+            continue
+        key, equals, text = argument.removeprefix('--config.').partition('=')
+        value: str | None = text
+        if not equals:
+            separate = bool(remaining) and not remaining[0].startswith('--')
+            value = remaining.pop(0) if separate else None
+        overrides.append((key, value))
+    return overrides, rest
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parses the options of one command and answers mistakes with a `UserError`."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(arguments)
+        if not unknown:
+            return options
+        name = unknown[0].partition('=')[0]
+        if not name.startswith('-'):
+            raise UserError(f'{name!r} is one argument too many; options are written --name=value.')
+        known = [string for action in self._actions for string in action.option_strings]
+        raise UserError(f'There is no option {name}{presets.nearest(name, [*known, "--help"])}')
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message.removeprefix("argument ").replace(": ", " ", 1)}.')
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'takes a whole number, not {text!r}') from None
+
+
+def _versions() -> str:
+    packages = ('dreamerv3-jax', 'jax', 'jaxlib', 'flax', 'optax', 'gymnasium')
+    python = '.'.join(map(str, sys.version_info[:3]))
+    return '\n'.join(
+        [f'{name} {importlib.metadata.version(name)}' for name in packages] + [f'python {python}']
+    )
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    'train': (_train, _TRAIN_HELP),
+    'evaluate': (_evaluate, _EVALUATE_HELP),
+    'presets': (_presets, _PRESETS_HELP),
+}

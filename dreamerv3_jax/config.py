@@ -1,0 +1,123 @@
+"""Typed, immutable settings of the agent.
+
+`ml_collections.ConfigDict`s stay at the edge, in presets and on the command line. Inside the library the
+agent's settings are an `AgentConfig`: frozen, hashable and complete. It has no defaults; the published
+values live in `configs/base.py`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from dreamerv3_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Every number that the agent's computation depends on (`ALGORITHM` letters in brackets)."""
+
+    # Widths: the only fields that differ between sizes.
+    deter: int  # deterministic units of the recurrent state [D]
+    hidden: int  # units of the RSSM's hidden layers [U]
+    classes: int  # classes of each stochastic group [C]
+    depth: int  # channels of the convolutions, times 2, 3, 4, 4
+    units: int  # units of the hidden layers of encoder, decoder and heads
+    # Shape of the networks, the same for all sizes.
+    stoch: int  # stochastic groups [S]
+    blocks: int  # blocks of the block-diagonal recurrence [G]
+    bins: int  # bins of the two-hot heads [K]
+    encoder_layers: int
+    decoder_layers: int
+    prior_layers: int
+    posterior_layers: int
+    reward_layers: int
+    continue_layers: int
+    actor_layers: int
+    critic_layers: int
+    unimix: float  # share of the uniform distribution mixed into every categorical
+    min_std: float  # bounds of the continuous actor's standard deviation
+    max_std: float
+    actor_output_scale: float  # factor on the initial weights of the actor's output layer
+    # World-model loss.
+    free_nats: float  # KL below which dynamics and representation losses are constant
+    reconstruction_scale: float
+    reward_scale: float
+    continue_scale: float
+    dynamics_scale: float
+    representation_scale: float
+    # Actor and critic.
+    imagination_length: int  # steps imagined from every replayed state [H]
+    discount_horizon: float  # discount = 1 - 1 / discount_horizon
+    return_lambda: float
+    entropy_scale: float
+    actor_scale: float
+    critic_scale: float
+    replay_critic_scale: float
+    slow_critic_scale: float  # weight of the regression towards the slow critic
+    slow_critic_rate: float  # of its moving average, every update
+    return_low_percentile: float
+    return_high_percentile: float
+    return_rate: float  # of the moving average of the return percentiles
+    return_limit: float  # returns are never scaled up: the least scale
+    # Optimiser.
+    learning_rate: float
+    warmup_updates: int
+    gradient_clip: float  # of each tensor's gradient norm, relative to the tensor's norm
+    gradient_clip_floor: float  # least tensor norm in that ratio
+    momentum: float
+    rms_decay: float
+    rms_epsilon: float
+    compute_dtype: str  # 'auto' (bfloat16 on accelerators, float32 on CPU), 'float32' or 'bfloat16'
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Builds the settings from a mapping (for example a `ConfigDict`) that names every field.
+
+        Raises:
+          UserError: a key is unknown or missing, or a value has the wrong type or range.
+        """
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                hint = f'; did you mean {near[0]!r}?' if near else '.'
+                raise UserError(f'The agent has no setting {name!r}{hint}')
+        missing = sorted(set(fields) - set(values))
+        if missing:
+            raise UserError(f'The agent settings lack {", ".join(missing)}; see configs/base.py.')
+        return cls(**{name: _checked(name, values[name], kind) for name, kind in fields.items()})
+
+    def __post_init__(self) -> None:
+        """Refuses combinations for which no network exists.
+
+        Raises:
+          UserError: with the setting to change.
+        """
+        for name in ('deter', 'hidden', 'classes', 'depth', 'units', 'stoch', 'blocks', 'imagination_length'):
+            if getattr(self, name) < 1:
+                raise UserError(f'agent.{name} must be at least 1, not {getattr(self, name)}.')
+        if self.deter % self.blocks or (self.depth * 4) % self.blocks:
+            raise UserError(
+                f'agent.deter ({self.deter}) and four times agent.depth ({self.depth * 4}) must be '
+                f'multiples of agent.blocks ({self.blocks}).'
+            )
+        if self.bins < 3 or self.bins % 2 == 0:
+            raise UserError(f'agent.bins must be an odd number from 3 up, not {self.bins}.')
+        if self.compute_dtype not in ('auto', 'float32', 'bfloat16'):
+            raise UserError(
+                f"agent.compute_dtype is 'auto', 'float32' or 'bfloat16', not {self.compute_dtype!r}."
+            )
+
+    @property
+    def discount(self) -> float:
+        """Discount factor per step, `1 - 1 / discount_horizon`."""
+        return 1.0 - 1.0 / self.discount_horizon
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f'agent.{name} takes {kind.__name__}, not {value!r}.')
+    return value

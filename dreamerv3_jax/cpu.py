@@ -1,0 +1,54 @@
+"""Settings that make JAX faster on CPUs. They work only before jax is imported, so this file never does."""
+
+import ctypes
+import glob
+import importlib.metadata
+import importlib.util
+import os
+
+# From malloc.h. Large buffers are kept instead of being returned to the system after every operation, which
+# would cost a page fault per 4 KB when they are needed again. The process then never shrinks.
+_MALLOC_OPTIONS = (
+    (-4, 0),  # M_MMAP_MAX: no buffer of its own mapping
+    (-1, -1),  # M_TRIM_THRESHOLD: never trim the heap
+    (-2, 256 * 1024 * 1024),  # M_TOP_PAD: grow the heap in large pieces
+    (-8, 1),  # M_ARENA_MAX: one heap for all threads
+)
+# This release puts convolutions into a single-threaded fusion. Unknown flags end the process, so releases
+# that were not tried are left alone.
+_CONVOLUTION_RELEASE = '0.10.2'
+_CONVOLUTION_FLAG = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
+
+
+def prepare() -> bool:
+    """Tunes memory allocation and XLA for a machine without accelerator; call it before importing jax.
+
+    Leaves alone what the environment variables `MALLOC_*`, `GLIBC_TUNABLES` or `XLA_FLAGS` already decide.
+
+    Returns:
+      Whether the machine was taken for one without accelerator.
+    """
+    if not _only_cpu():
+        return False
+    if not any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
+        _tune_malloc()
+    if importlib.metadata.version('jaxlib') == _CONVOLUTION_RELEASE:
+        os.environ.setdefault('XLA_FLAGS', _CONVOLUTION_FLAG)
+    return True
+
+
+def _only_cpu() -> bool:
+    platforms = os.environ.get('JAX_PLATFORMS', '')
+    if platforms:
+        return platforms == 'cpu'
+    devices = glob.glob('/dev/nvidia[0-9]*') + glob.glob('/dev/accel*') + glob.glob('/dev/kfd')
+    return not devices and importlib.util.find_spec('libtpu') is None
+
+
+def _tune_malloc() -> None:
+    try:
+        library = ctypes.CDLL('libc.so.6')  # glibc's name; other C libraries have other ones
+        for option, value in _MALLOC_OPTIONS:
+            library.mallopt(option, value)
+    except (OSError, AttributeError):
+        pass

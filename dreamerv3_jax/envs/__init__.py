@@ -1,0 +1,83 @@
+"""Vectorised environments that speak the agent's language.
+
+`make` turns the environment settings of a preset into a `VectorEnvironment`, whose `reset` and `step`
+return `Records`: flat observation arrays with reward, `is_first`, `is_last` and `is_terminal`. Nothing
+in here imports JAX, so that worker processes start fast.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dreamerv3_jax.envs.native import Native
+from dreamerv3_jax.envs.processes import Processes
+from dreamerv3_jax.envs.registry import Settings, is_suite
+from dreamerv3_jax.envs.stream import FinalRecords, Records, empty_records
+from dreamerv3_jax.envs.vector import InProcess, VectorEnvironment, open_stream
+from dreamerv3_jax.errors import UserError
+
+__all__ = ['FinalRecords', 'Records', 'VectorEnvironment', 'empty_records', 'make']
+
+
+def make(config: Any, seed: int, *, render: bool = False) -> VectorEnvironment:
+    """Builds the environments of a preset.
+
+    Args:
+      config: the `env` part of a preset: id, kwargs, num_envs, repeat, image_size, vectorization and
+        autoreset (described in `configs/base.py`).
+      seed: every environment gets a seed of its own, derived from this one and its index.
+      render: make `VectorEnvironment.render` draw, for environments that can.
+
+    Raises:
+      UserError: a setting is wrong, the id is unknown, a package is missing, or the spaces of the
+        environment are not supported.
+    """
+    settings = _settings(config, seed, render)
+    if config.vectorization == 'native':
+        return Native(settings)
+    if config.vectorization == 'async':
+        return Processes(settings)
+    if config.vectorization == 'sync' or config.num_envs == 1:
+        return InProcess(settings)
+    if is_suite(settings.id):
+        return Processes(settings)
+    # What draws pictures is slow enough to be worth a process.
+    first = open_stream(settings, 0)
+    if any(spec.kind == 'image' for spec in first.observation_specs.values()):
+        first.close()
+        return Processes(settings)
+    return InProcess(settings, first)
+
+
+def _settings(config: Any, seed: int, render: bool) -> Settings:
+    choices = {
+        'vectorization': ('auto', 'sync', 'async', 'native'),
+        'autoreset': ('next_step', 'same_step'),
+    }
+    for name, allowed in choices.items():
+        if config[name] not in allowed:
+            raise UserError(f'env.{name} is one of {", ".join(allowed)}, not {config[name]!r}.')
+    for name in ('num_envs', 'repeat'):
+        if config[name] < 1:
+            raise UserError(f'env.{name} must be at least 1, not {config[name]}.')
+    if not config.id:
+        raise UserError('Name the environment in env.id, for example CartPole-v1.')
+    sequences = np.random.SeedSequence(seed).spawn(config.num_envs)
+    return Settings(
+        id=config.id,
+        kwargs=_plain(config.kwargs),
+        repeat=config.repeat,
+        image_size=config.image_size,
+        autoreset=config.autoreset,
+        render=render,
+        # 31 bits, as some environments take no more.
+        seeds=tuple(int(sequence.generate_state(1)[0] >> 1) for sequence in sequences),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Returns a ConfigDict as nested dictionaries."""
+    if hasattr(value, 'to_dict'):
+        return value.to_dict()
+    return dict(value) if isinstance(value, Mapping) else value

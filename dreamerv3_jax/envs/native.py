@@ -1,0 +1,130 @@
+"""Environments that come vectorised by their authors."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from dreamerv3_jax.envs.registry import Settings, is_suite, readable_errors
+from dreamerv3_jax.envs.stream import FinalRecords, Records
+from dreamerv3_jax.envs.vector import VectorEnvironment
+from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
+
+
+class Native(VectorEnvironment):
+    """An environment's own vectorisation, registered as gymnasium's `vector_entry_point`.
+
+    When it resets is its own choice, which it declares in `metadata['autoreset_mode']`. It seeds its
+    streams from one seed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Builds the vector environment.
+
+        Raises:
+          UserError: there is none, or it does not reset its streams.
+        """
+        super().__init__(settings.id)
+        if is_suite(settings.id) or settings.repeat != 1:
+            raise UserError(
+                "env.vectorization='native' takes gymnasium ids and env.repeat=1 (a frame skip of the "
+                "environment goes into env.kwargs); use 'sync' or 'async' otherwise."
+            )
+        self.num_envs = len(settings.seeds)
+        kwargs = dict(settings.kwargs)
+        if settings.render:
+            kwargs.setdefault('render_mode', 'rgb_array')
+        with readable_errors(settings.id):
+            self._env = gymnasium.make_vec(
+                settings.id, self.num_envs, vectorization_mode='vector_entry_point', **kwargs
+            )
+        mode = AutoresetMode(self._env.metadata.get('autoreset_mode'))
+        if mode == AutoresetMode.DISABLED:
+            raise UserError(f"{settings.id} does not reset itself; use env.vectorization='async'.")
+        self._same_step = mode == AutoresetMode.SAME_STEP
+        side = settings.image_size
+        size = (side, side) if side else None
+        self._observations = ObservationAdapter(self._env.single_observation_space, size)
+        self._actions = ActionAdapter(self._env.single_action_space)
+        self._seed: int | None = settings.seeds[0]
+        self._ended = np.zeros(self.num_envs, bool)
+        self.observation_specs = self._observations.specs
+        self.action_specs = self._actions.specs
+        self.messages = self._observations.messages + self._actions.messages
+
+    def _reset(self) -> Records:
+        observation, _ = self._env.reset(seed=self._seed)
+        self._seed = None
+        self._ended = np.zeros(self.num_envs, bool)
+        return self._records(observation, first=np.ones(self.num_envs, bool))
+
+    def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
+        observation, reward, terminated, truncated, info = self._env.step(
+            self._actions.convert(actions)
+        )
+        reward, terminated = np.asarray(reward, np.float32), np.asarray(terminated, bool)
+        ended = terminated | np.asarray(truncated, bool)
+        if self._same_step:
+            records = self._records(observation, np.where(ended, 0.0, reward), first=ended)
+            return records, self._finals(info, reward, terminated, ended)
+        first = self._ended  # the action of this tick was ignored, and so are the flags
+        self._ended = ended & ~first
+        reward = np.where(first, 0.0, reward)
+        return (
+            self._records(
+                observation, reward, first=first, last=self._ended, terminal=terminated & ~first
+            ),
+            None,
+        )
+
+    def _finals(
+        self, info: dict[str, Any], reward: np.ndarray, terminated: np.ndarray, ended: np.ndarray
+    ) -> FinalRecords | None:
+        streams = np.flatnonzero(ended)
+        if not streams.size:
+            return None
+        flat = [self._observations.convert(_row(info['final_obs'], index)) for index in streams]
+        observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
+        last = np.ones(len(streams), bool)
+        records = Records(observation, reward[streams], ~last, last, terminated[streams])
+        return FinalRecords(streams, records)
+
+    def _records(
+        self,
+        observation: Any,
+        reward: np.ndarray | None = None,
+        *,
+        first: np.ndarray,
+        last: np.ndarray | None = None,
+        terminal: np.ndarray | None = None,
+    ) -> Records:
+        none = np.zeros(self.num_envs, bool)
+        return Records(
+            self._observations.convert(observation, (self.num_envs,)),
+            np.zeros(self.num_envs, np.float32) if reward is None else reward.astype(np.float32),
+            first,
+            none if last is None else last,
+            none.copy() if terminal is None else terminal,
+        )
+
+    def render(self) -> np.ndarray | None:
+        """Returns a picture of the first environment, or None if it has none."""
+        if self._env.render_mode != 'rgb_array':
+            return None
+        frames = self._env.render()
+        return None if frames is None else np.asarray(frames[0])
+
+    def close(self) -> None:
+        """Releases the environments."""
+        self._env.close()
+
+
+def _row(batch: Any, index: int) -> Any:
+    """Returns one environment's part of a batched observation, or of an array of observations."""
+    if isinstance(batch, dict):
+        return {key: _row(value, index) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_row(value, index) for value in batch)
+    return batch[index]

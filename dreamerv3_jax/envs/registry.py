@@ -1,0 +1,181 @@
+"""From an environment id to a `gymnasium.Env`.
+
+Suites are modules with a function `make(name, *, repeat, image_size, render_mode, **kwargs)`. They are
+imported when first asked for, and take the action repeat themselves because some can skip frames
+without drawing them. `SUITES` is the place to add one.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium
+from gymnasium.envs.registration import load_env_creator
+from gymnasium.error import DependencyNotInstalled, Error, UnregisteredEnv
+
+from dreamerv3_jax.envs.stream import ActionRepeat
+from dreamerv3_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Where a suite lives, and what must be installed for it."""
+
+    module: str
+    package: str  # a package whose absence means that the extra is not installed
+    extra: str
+
+
+SUITES = {
+    'atari': Suite('dreamerv3_jax.envs.atari', 'ale_py', 'atari'),
+    'crafter': Suite('dreamerv3_jax.envs.crafter', 'crafter', 'crafter'),
+    'dmc': Suite('dreamerv3_jax.envs.dmc', 'dm_control', 'dmc'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that is needed to build the environments; picklable, so that a worker process can."""
+
+    id: str
+    kwargs: dict[str, Any]
+    repeat: int
+    image_size: int  # 0 keeps sizes where possible
+    autoreset: str
+    render: bool
+    seeds: tuple[int, ...]  # one per environment
+
+
+def is_suite(env_id: str) -> bool:
+    """Returns whether the id belongs to one of the suites of this package."""
+    prefix, slash, _ = env_id.partition('/')
+    return bool(slash) and prefix in SUITES
+
+
+def make_env(settings: Settings) -> gymnasium.Env:
+    """Builds one environment, action repeat included.
+
+    Raises:
+      UserError: the id is unknown, a package is missing, or the constructor failed.
+    """
+    with readable_errors(settings.id):
+        if is_suite(settings.id):
+            return _make_from_suite(settings)
+        module, colon, attribute = settings.id.partition(':')
+        creator = _user_function(module, attribute) if colon else None
+        if creator is not None:
+            env = _call(settings, creator)
+        else:
+            env = _make_registered(settings)
+    if not isinstance(env, gymnasium.Env):
+        raise UserError(
+            f'{settings.id} returned {type(env).__name__}, which is no gymnasium.Env; derive the '
+            'environment from gymnasium.Env or wrap it.'
+        )
+    return ActionRepeat(env, settings.repeat) if settings.repeat > 1 else env
+
+
+@contextlib.contextmanager
+def readable_errors(env_id: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except UnregisteredEnv as error:
+        raise UserError(f'There is no environment {env_id!r}.{_suggestions(env_id)}') from error
+    except DependencyNotInstalled as error:
+        raise UserError(f'{env_id} needs another package: {_one_line(error)}') from error
+    except Exception as error:
+        raise UserError(
+            f'Could not make the environment {env_id}: {type(error).__name__}: {_one_line(error)}'
+        ) from error
+
+
+def _make_from_suite(settings: Settings) -> gymnasium.Env:
+    prefix, _, name = settings.id.partition('/')
+    suite = SUITES[prefix]
+    if importlib.util.find_spec(suite.package) is None:
+        raise UserError(
+            f'{settings.id} needs the {suite.extra} extra: pip install "dreamerv3-jax[{suite.extra}]"'
+        )
+    make = importlib.import_module(suite.module).make
+    own = {
+        'repeat': settings.repeat,
+        'image_size': settings.image_size,
+        'render_mode': 'rgb_array' if settings.render else None,
+    }
+    options = [key for key in inspect.signature(make).parameters if key not in ('name', *own)]
+    for key in settings.kwargs:
+        if key not in options:
+            raise UserError(
+                f'{settings.id} has no setting env.kwargs.{key}; it has {", ".join(options)}.'
+            )
+    return make(name, **own, **settings.kwargs)
+
+
+def _make_registered(settings: Settings) -> gymnasium.Env:
+    kwargs = dict(settings.kwargs)
+    if settings.render and _draws(settings.id.rpartition(':')[2]):
+        kwargs.setdefault('render_mode', 'rgb_array')
+    # gymnasium's checker would look at every step; what it finds, the conversions find too.
+    return gymnasium.make(settings.id, disable_env_checker=True, **kwargs)
+
+
+def _draws(registered_id: str) -> bool:
+    try:
+        entry_point = gymnasium.spec(registered_id).entry_point
+    except Error:
+        return False
+    creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    return 'rgb_array' in getattr(creator, 'metadata', {}).get('render_modes', ())
+
+
+def _user_function(module: str, attribute: str) -> Callable[..., Any] | None:
+    """Imports a module of the user's; returns its function, or None if there is none of that name.
+
+    The second case is gymnasium's 'module:Env-v0', where the import registers the environment.
+    """
+    if os.getcwd() not in sys.path:  # as `python -m` has it
+        sys.path.append(os.getcwd())
+    found = getattr(importlib.import_module(module), attribute, None)
+    if found is None and attribute.isidentifier():
+        raise UserError(
+            f'The module {module!r} has no function {attribute!r} that makes an environment.'
+        )
+    return found
+
+
+def _call(settings: Settings, creator: Callable[..., Any]) -> Any:
+    kwargs = dict(settings.kwargs)
+    if settings.render and 'render_mode' in inspect.signature(creator).parameters:
+        kwargs.setdefault('render_mode', 'rgb_array')
+    return creator(**kwargs)
+
+
+def _suggestions(env_id: str) -> str:
+    known = list(gymnasium.registry)
+    known += [f'{prefix}/{name}' for prefix in SUITES for name in _suite_examples[prefix]]
+    near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.5)
+    hint = f' Did you mean {" or ".join(near)}?' if near else ''
+    forms = 'a registered gymnasium id, module:function, or a name after ' + ', '.join(
+        f'{prefix}/' for prefix in SUITES
+    )
+    return f'{hint} An id is {forms}.'
+
+
+_suite_examples = {
+    'atari': ('pong', 'breakout'),
+    'crafter': ('reward', 'noreward'),
+    'dmc': ('walker_walk', 'cartpole_balance'),
+}
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())

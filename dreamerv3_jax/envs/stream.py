@@ -1,0 +1,151 @@
+"""One environment, seen as a stream of records."""
+
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
+
+
+class Records(NamedTuple):
+    """One received observation of each of N streams, with what came along with it."""
+
+    observation: dict[str, np.ndarray]  # [N, ...] by name, as the specs say
+    reward: np.ndarray  # [N] float32; consequence of the action before; 0 where is_first
+    is_first: np.ndarray  # [N] bool; the observation comes from a reset
+    is_last: np.ndarray  # [N] bool; the episode ends here, for whatever reason
+    is_terminal: np.ndarray  # [N] bool; the episode ends because there is no future
+
+
+class FinalRecords(NamedTuple):
+    """Terminal observations that come on the same tick as, and before, a reset observation."""
+
+    streams: np.ndarray  # [M] int64, indices of the streams that ended
+    records: Records  # M of them, all is_last
+
+
+class Ending(NamedTuple):
+    """What a stream reports besides its record when an episode ended."""
+
+    logs: dict[str, float]  # numbers that the environment wants logged
+    final: tuple[dict[str, np.ndarray], float, bool] | None  # observation, reward, is_terminal
+
+
+def empty_records(specs: dict[str, ArraySpec], count: int) -> Records:
+    """Returns uninitialised records of `count` streams."""
+    return Records(
+        {name: np.empty((count, *spec.shape), spec.dtype) for name, spec in specs.items()},
+        np.empty(count, np.float32),
+        np.empty(count, bool),
+        np.empty(count, bool),
+        np.empty(count, bool),
+    )
+
+
+def write_record(
+    records: Records,
+    row: int,
+    observation: dict[str, np.ndarray],
+    reward: float = 0.0,
+    *,
+    first: bool = False,
+    last: bool = False,
+    terminal: bool = False,
+) -> None:
+    """Fills one row of `records`."""
+    for name, value in observation.items():
+        records.observation[name][row] = value
+    records.reward[row] = reward
+    records.is_first[row] = first
+    records.is_last[row] = last
+    records.is_terminal[row] = terminal
+
+
+class Stream:
+    """An environment with its conversions and its automatic resets.
+
+    With autoreset 'next_step', the step after the end of an episode ignores the action and returns the
+    reset observation. With 'same_step', the step that ends an episode returns the reset observation,
+    and the terminal one in its `Ending`.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env, *, image_size: tuple[int, int] | None, autoreset: str, seed: int
+    ) -> None:
+        self._env = env
+        self._observations = ObservationAdapter(env.observation_space, image_size)
+        self._actions = ActionAdapter(env.action_space)
+        self._same_step = autoreset == 'same_step'
+        self._seed: int | None = seed
+        self._ended = False
+        self.observation_specs = self._observations.specs
+        self.action_specs = self._actions.specs
+        self.messages = self._observations.messages + self._actions.messages
+
+    def reset(self, records: Records, row: int) -> None:
+        """Starts an episode and writes its first record into row `row`."""
+        observation, _ = self._env.reset(seed=self._seed)
+        self._seed = None  # later episodes continue the environment's own random numbers
+        self._ended = False
+        write_record(records, row, self._observations.convert(observation), first=True)
+
+    def step(self, actions: dict[str, np.ndarray], records: Records, row: int) -> Ending | None:
+        """Takes the action in row `row` of `actions` and writes the record into that row.
+
+        Returns:
+          None, or on the step that ends an episode what is known only then.
+        """
+        if self._ended:
+            self.reset(records, row)
+            return None
+        action = self._actions.convert(actions, row)
+        observation, reward, terminated, truncated, info = self._env.step(action)
+        flat = self._observations.convert(observation)
+        if not (terminated or truncated):
+            write_record(records, row, flat, reward)
+            return None
+        logs = episode_logs(info)
+        if self._same_step:
+            self.reset(records, row)
+            return Ending(logs, (flat, float(reward), bool(terminated)))
+        self._ended = True
+        write_record(records, row, flat, reward, last=True, terminal=terminated)
+        return Ending(logs, None)
+
+    def render(self) -> np.ndarray | None:
+        """Returns the current picture, [H, W, 3] `uint8`, or None if the environment draws none."""
+        if self._env.render_mode != 'rgb_array':
+            return None
+        return np.asarray(self._env.render())
+
+    def close(self) -> None:
+        """Releases the environment."""
+        self._env.close()
+
+
+class ActionRepeat(gymnasium.Wrapper):
+    """Takes every action several times, up to the end of the episode, and sums the rewards."""
+
+    def __init__(self, env: gymnasium.Env, repeat: int) -> None:
+        super().__init__(env)
+        self._repeat = repeat
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Steps the environment `repeat` times or until the episode ends."""
+        total = 0.0
+        for _ in range(self._repeat):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return observation, total, terminated, truncated, info
+
+
+def episode_logs(info: dict[str, Any]) -> dict[str, float]:
+    """Returns the numbers that an environment put under keys starting with 'log/'."""
+    return {
+        key.removeprefix('log/'): float(value)
+        for key, value in info.items()
+        if isinstance(key, str) and key.startswith('log/') and np.ndim(value) == 0
+    }

@@ -1,0 +1,260 @@
+"""Layers shared by all networks: initialisers, linear, block-linear, convolution, normalisation.
+
+Every hidden layer is Linear -> RMSNorm -> SiLU. Parameters are float32; products are computed in the
+module's `dtype`, normalisation in float32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamerv3_jax.types import Array
+
+RMS_EPSILON = 1e-4
+
+
+def truncated_normal(fan_in: int, scale: float = 1.0) -> nn.initializers.Initializer:
+    """Initialiser of weights: normal truncated at two deviations, `1.1368 / sqrt(fan_in)` wide, times scale.
+
+    The factor restores the deviation that truncation takes away.
+    """
+
+    def init(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+        normal = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+        return normal * (scale * 1.1368 * math.sqrt(1 / fan_in))
+
+    return init
+
+
+def along_last(vector: Array, like: Array) -> Array:
+    """Broadcasts `vector` [n] against the last axis of `like` [..., n]."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+class Linear(nn.Module):
+    """Linear layer over the concatenation of one or more inputs, which is never built.
+
+    Attributes:
+      inputs: widths of the inputs, in the order of the rows of the kernel [sum(inputs), features].
+      features: width of the output.
+      scale: factor on the initial weights.
+      dtype: of the product.
+    """
+
+    inputs: tuple[int, ...]
+    features: int
+    scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the parameters `kernel` and `bias`."""
+        rows = sum(self.inputs)
+        self.kernel = self.param('kernel', truncated_normal(rows, self.scale), (rows, self.features))
+        self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
+
+    def part(self, index: int, x: Array) -> Array:
+        """Contribution of input `index` [..., inputs[index]] without the bias -> [..., features]."""
+        start = sum(self.inputs[:index])
+        kernel = self.kernel[start : start + self.inputs[index]]
+        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+
+    def add_bias(self, x: Array) -> Array:
+        """Adds the bias to a sum of parts [..., features]."""
+        return x + along_last(self.bias.astype(self.dtype), x)
+
+    def __call__(self, *xs: Array) -> Array:
+        """Maps inputs [..., inputs[i]] -> [..., features]."""
+        assert len(xs) == len(self.inputs), (len(xs), self.inputs)
+        return self.add_bias(sum(self.part(index, x) for index, x in enumerate(xs)))
+
+
+class BlockLinear(nn.Module):
+    """Block-diagonal linear layer: block g maps its own slice of the input to its slice of the output.
+
+    The kernel is [blocks, inputs / blocks, features / blocks]; its initial width follows from the whole
+    input, as in the published code, not from one block's.
+    """
+
+    inputs: int
+    features: int
+    blocks: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the parameters `kernel` and `bias`."""
+        shape = (self.blocks, self.inputs // self.blocks, self.features // self.blocks)
+        self.kernel = self.param('kernel', truncated_normal(self.inputs), shape)
+        self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
+
+    def __call__(self, x: Array, shared: Array | None = None) -> Array:
+        """Maps `x` -> [..., features].
+
+        Args:
+          x: [..., own], split evenly into the blocks.
+          shared: [..., m], the further input that every block sees whole, so that
+            `own + blocks * m == inputs`; rows of a block's kernel are its slice of `x`, then `shared`.
+        """
+        rows = x.shape[-1] // self.blocks
+        kernel = self.kernel.astype(self.dtype)
+        blocks = x.astype(self.dtype).reshape(*x.shape[:-1], self.blocks, rows)
+        out = jnp.einsum('...gi,gio->...go', blocks, kernel[:, :rows])
+        out = out.reshape(*x.shape[:-1], self.features)
+        if shared is not None:
+            dense = kernel[:, rows:].transpose(1, 0, 2).reshape(shared.shape[-1], self.features)
+            out = out + shared.astype(self.dtype) @ dense
+        return out + along_last(self.bias.astype(self.dtype), out)
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last axis, in float32, with a learned scale and no shift."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the parameter `scale`."""
+        self.scale = self.param('scale', nn.initializers.ones, (self.features,))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [..., features]; the epsilon 1e-4 stands inside the root."""
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + RMS_EPSILON)
+        return (x * inverse * along_last(self.scale, x)).astype(self.dtype)
+
+
+class Hidden(nn.Module):
+    """Hidden layer: Linear -> RMSNorm -> SiLU over one or more inputs."""
+
+    inputs: tuple[int, ...]
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the layers `linear` and `norm`."""
+        self.linear = Linear(self.inputs, self.features, dtype=self.dtype)
+        self.norm = RMSNorm(self.features, self.dtype)
+
+    def part(self, index: int, x: Array) -> Array:
+        """Contribution of input `index` to the linear layer, for inputs that are known ahead of the rest."""
+        return self.linear.part(index, x)
+
+    def activate(self, summed_parts: Array) -> Array:
+        """Finishes the layer from the sum of all parts [..., features]."""
+        return nn.silu(self.norm(self.linear.add_bias(summed_parts)))
+
+    def __call__(self, *xs: Array) -> Array:
+        """Maps inputs [..., inputs[i]] -> [..., features]."""
+        return nn.silu(self.norm(self.linear(*xs)))
+
+
+class MLP(nn.Module):
+    """`layers` hidden layers of `units`; the first takes one or more inputs."""
+
+    inputs: tuple[int, ...]
+    layers: int
+    units: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the layers `hidden_0`, `hidden_1`, ..."""
+        self.hidden = [
+            Hidden(self.inputs if index == 0 else (self.units,), self.units, self.dtype)
+            for index in range(self.layers)
+        ]
+
+    def __call__(self, *xs: Array) -> Array:
+        """Maps inputs [..., inputs[i]] -> [..., units]."""
+        for layer in self.hidden:
+            xs = (layer(*xs),)
+        return xs[0]
+
+
+class Conv(nn.Module):
+    """5x5 convolution, stride 1, same padding; kernel [5, 5, inputs, features], bias [features].
+
+    `pooled` and `upsampled` are exact, cheaper forms of the layer followed by pooling or preceded by
+    upsampling; they fold the 5x5 kernel into a 3x3 one between space-to-depth forms of the images.
+    """
+
+    inputs: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Creates the parameters `kernel` and `bias`."""
+        init = truncated_normal(25 * self.inputs)
+        self.kernel = self.param('kernel', init, (5, 5, self.inputs, self.features))
+        self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
+
+    def _convolve(self, x: Array, kernel: Array) -> Array:
+        dimensions = ('NHWC', 'HWIO', 'NHWC')
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=dimensions)
+
+    def _add_bias(self, x: Array) -> Array:
+        return x + along_last(self.bias.astype(self.dtype), x)
+
+    def __call__(self, x: Array) -> Array:
+        """Convolves images [N, H, W, inputs] -> [N, H, W, features]."""
+        return self._add_bias(self._convolve(x.astype(self.dtype), self.kernel.astype(self.dtype)))
+
+    def pooled(self, x: Array) -> Array:
+        """`max_pool(conv(x))` for few input channels: [N, H, W, inputs] -> [N, H/2, W/2, features]."""
+        fold = jnp.asarray(_pool_fold())
+        kernel = jnp.einsum('abio,apmx,bqny->xypqimno', self.kernel, fold, fold)
+        kernel = kernel.reshape(3, 3, 4 * self.inputs, 4 * self.features)
+        x = self._convolve(space_to_depth(x.astype(self.dtype)), kernel.astype(self.dtype))
+        phases = x.reshape(*x.shape[:-1], 4, self.features)
+        return self._add_bias(_max_of_four([phases[..., index, :] for index in range(4)]))
+
+    def upsampled(self, x: Array) -> Array:
+        """`conv(nearest_upsample(x))`: [N, H, W, inputs] -> [N, 2H, 2W, features]."""
+        fold = jnp.asarray(_upsample_fold())
+        kernel = jnp.einsum('abio,axd,bye->xyideo', self.kernel, fold, fold)
+        kernel = kernel.reshape(3, 3, self.inputs, 4 * self.features)
+        x = self._convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        return self._add_bias(depth_to_space(x))
+
+
+def space_to_depth(x: Array) -> Array:
+    """[N, 2H, 2W, C] -> [N, H, W, 4 C]; channels ordered by row phase, column phase, channel."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h // 2, w // 2, 4 * c)
+
+
+def depth_to_space(x: Array) -> Array:
+    """Inverse of `space_to_depth`: [N, H, W, 4 C] -> [N, 2H, 2W, C]."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, 2 * h, 2 * w, c // 4)
+
+
+def max_pool(x: Array) -> Array:
+    """2x2 maximum, [N, 2H, 2W, C] -> [N, H, W, C]: on CPU, slices are much faster than a window reduction."""
+    return _max_of_four([x[:, row::2, column::2] for row in range(2) for column in range(2)])
+
+
+def _max_of_four(xs: list[Array]) -> Array:
+    return jnp.maximum(jnp.maximum(xs[0], xs[1]), jnp.maximum(xs[2], xs[3]))
+
+
+def _upsample_fold() -> np.ndarray:
+    """[5, 3, 2]: row a of a 5-tap kernel, applied at output phase d, reads row `(d + a - 2) // 2 + 1`."""
+    fold = np.zeros((5, 3, 2), np.float32)
+    for a in range(5):
+        for d in range(2):
+            fold[a, (d + a - 2) // 2 + 1, d] = 1
+    return fold
+
+
+def _pool_fold() -> np.ndarray:
+    """[5, 2, 2, 3]: row a at output phase m reads input phase p of row x of the space-to-depth image."""
+    fold = np.zeros((5, 2, 2, 3), np.float32)
+    for a in range(5):
+        for m in range(2):
+            fold[a, (m + a - 2) % 2, m, (m + a - 2) // 2 + 1] = 1
+    return fold

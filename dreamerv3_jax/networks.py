@@ -1,0 +1,118 @@
+"""All networks of the agent as (init, apply) pairs: the boundary behind which flax stays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dreamerv3_jax.config import AgentConfig
+from dreamerv3_jax.nets.decoder import Decoder
+from dreamerv3_jax.nets.encoder import Encoder, flat_size
+from dreamerv3_jax.nets.heads import Actor, Head
+from dreamerv3_jax.nets.rssm_cell import RSSMCell
+from dreamerv3_jax.spaces import ArraySpec
+from dreamerv3_jax.types import Array, Params
+
+
+class Network(NamedTuple):
+    """A module with its parameters taken out."""
+
+    module: nn.Module
+
+    def init(self, key: chex.PRNGKey, *inputs: Any) -> Params:
+        """Creates parameters for inputs of these shapes."""
+        return self.module.init(key, *inputs)['params']
+
+    def __call__(self, params: Params, *inputs: Any, method: str | None = None) -> Any:
+        """Applies the module, or one of its methods, with the given parameters."""
+        return self.module.apply({'params': params}, *inputs, method=method)
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The seven networks; parameters live in a dict with the same names."""
+
+    dynamics: Network  # RSSMCell
+    encoder: Network
+    decoder: Network
+    reward: Network
+    continue_: Network
+    actor: Network
+    critic: Network
+
+    def init(self, key: chex.PRNGKey, observation: Mapping[str, Array]) -> dict[str, Params]:
+        """Creates the parameters of all networks, float32.
+
+        Args:
+          key: consumed here.
+          observation: {name: [1, *shape]} of any values.
+        """
+        cell = self.dynamics.module
+        deter, stoch = jnp.zeros((1, cell.deter)), jnp.zeros((1, cell.stoch * cell.classes))
+        inputs = {field.name: (deter, stoch) for field in dataclasses.fields(self)}
+        inputs['encoder'] = (observation,)
+        inputs['dynamics'] = (deter, stoch, jnp.zeros((1, cell.action)), jnp.zeros((1, cell.tokens)))
+        return {
+            name: getattr(self, name).init(jax.random.fold_in(key, index), *arguments)
+            for index, (name, arguments) in enumerate(sorted(inputs.items()))
+        }
+
+
+def make_networks(
+    observation_specs: Mapping[str, ArraySpec], action_specs: Mapping[str, ArraySpec], config: AgentConfig
+) -> Networks:
+    """Builds all networks for the given spaces; nothing is allocated."""
+    dtype = compute_dtype(config)
+    stoch = config.stoch * config.classes
+    state = (config.deter, stoch)
+    encoder = Encoder(observation_specs, config.encoder_layers, config.units, config.depth, dtype)
+
+    def head(layers: int, outputs: int, output_scale: float) -> Network:
+        return Network(Head(state, layers, config.units, outputs, output_scale, dtype))
+
+    return Networks(
+        dynamics=Network(
+            RSSMCell(
+                deter=config.deter,
+                hidden=config.hidden,
+                stoch=config.stoch,
+                classes=config.classes,
+                blocks=config.blocks,
+                action=sum(flat_size(spec) for spec in action_specs.values()),
+                tokens=encoder.tokens,
+                prior_layers=config.prior_layers,
+                posterior_layers=config.posterior_layers,
+                dtype=dtype,
+            )
+        ),
+        encoder=Network(encoder),
+        decoder=Network(
+            Decoder(
+                specs=observation_specs,
+                deter=config.deter,
+                stoch=stoch,
+                blocks=config.blocks,
+                layers=config.decoder_layers,
+                units=config.units,
+                depth=config.depth,
+                dtype=dtype,
+            )
+        ),
+        reward=head(config.reward_layers, config.bins, 0.0),
+        continue_=head(config.continue_layers, 1, 1.0),
+        actor=Network(
+            Actor(action_specs, state, config.actor_layers, config.units, config.actor_output_scale, dtype)
+        ),
+        critic=head(config.critic_layers, config.bins, 0.0),
+    )
+
+
+def compute_dtype(config: AgentConfig) -> jnp.dtype:
+    """The dtype of products and activations: bfloat16 on accelerators, float32 on CPU, unless it is set."""
+    if config.compute_dtype == 'auto':
+        return jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+    return jnp.dtype(config.compute_dtype)

@@ -1,0 +1,202 @@
+"""Changes settings from the command line and checks them before anything starts."""
+
+import ast
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from dreamerv3_jax.config import AgentConfig
+from dreamerv3_jax.configs import base
+from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.presets import nearest
+
+_KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
+_KEYWORDS = 'env.kwargs.'  # the one group whose keys are the environment's business
+_CHOICES = {
+    'env.vectorization': ('auto', 'sync', 'async', 'native'),
+    'env.autoreset': ('next_step', 'same_step'),
+}
+_AT_LEAST = {
+    'seed': 0,
+    'env.num_envs': 1,
+    'env.repeat': 1,
+    'replay.batch_size': 1,
+    'replay.batch_length': 2,
+    'run.steps': 1,
+    'mesh.fsdp': 1,
+}
+_POSITIVE = (
+    'replay.train_ratio',
+    'run.log_every',
+    'run.checkpoint_every',
+    'agent.learning_rate',
+    'agent.min_std',
+    'agent.return_limit',
+)
+_SHARES = (
+    'agent.unimix',
+    'agent.return_lambda',
+    'agent.slow_critic_rate',
+    'agent.return_rate',
+    'agent.momentum',
+    'agent.rms_decay',
+)
+
+
+def override(config: ml_collections.ConfigDict, key: str, text: str | None) -> None:
+    """Sets one field of a configuration, in place, from text.
+
+    The value takes the type of the field; whole numbers may be written as `1e6`. A new key is allowed
+    in `env.kwargs` only, with a Python literal as value and anything else taken as text.
+
+    Args:
+      config: the settings.
+      key: a dotted name, such as `replay.batch_size`.
+      text: the value, or None where none was given, which switches on a boolean field.
+
+    Raises:
+      UserError: the key does not exist or the value does not fit its field.
+    """
+    fields = dict(_flatten(config))
+    kind = type(fields.get(key))
+    if key.startswith(_KEYWORDS) and kind not in _KINDS:
+        _set_keyword(config, key, text)
+        return
+    if key not in fields:
+        raise UserError(_unknown_key(key, fields))
+    if text is None and kind is not bool:
+        raise UserError(f'--config.{key} needs a value, as in --config.{key}={fields[key]}.')
+    value = 'true' if text is None else _plain_digits(text) if kind is int else text
+    arguments = ['', f'--config.{key}={value}']  # absl takes the first for the program's name
+    flag_values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict(
+            'config', config, flag_values=flag_values, lock_config=False, sys_argv=arguments
+        )
+        flag_values(arguments)
+    except (flags.Error, TypeError, ValueError):
+        raise UserError(f'--config.{key} takes {_KINDS[kind]}, not {text!r}.') from None
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks that the settings are complete, of the right types and possible together.
+
+    Raises:
+      UserError: with the setting to change.
+    """
+    expected = dict(_flatten(base.get_config()))
+    fields = {key: value for key, value in _flatten(config) if not key.startswith(_KEYWORDS)}
+    for key, value in fields.items():
+        if key not in expected:
+            raise UserError(_unknown_key(key, expected))
+        kind = type(expected[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f'config.{key} takes {_KINDS[kind]}, not {value!r}.')
+        if kind is float and not math.isfinite(value):
+            raise UserError(f'config.{key} must be finite, not {value}.')
+    missing = sorted(set(expected) - set(fields))
+    if missing:
+        raise UserError(f'The configuration lacks {", ".join(missing)}; start from configs/base.py.')
+    _check_ranges(fields)
+    AgentConfig.from_mapping(config.agent.to_dict())
+
+
+def run_folder(config: ml_collections.ConfigDict, preset: str) -> Path:
+    """Returns where a run is kept; by default its name says what it is, so that it can be resumed."""
+    if config.logdir:
+        return Path(config.logdir).expanduser()
+    environment = re.sub(r'[^\w.-]+', '_', config.env.id)
+    return Path('runs') / f'{preset}-{environment}-{config.size}-seed{config.seed}'
+
+
+def _check_ranges(fields: dict[str, Any]) -> None:
+    if not fields['env.id'].strip():
+        raise UserError('Name the environment, as in --config.env.id=CartPole-v1.')
+    for key, choices in _CHOICES.items():
+        if fields[key] not in choices:
+            raise UserError(
+                f'config.{key} cannot be {fields[key]!r}{nearest(fields[key], choices)}'
+            )
+    for key, least in _AT_LEAST.items():
+        if fields[key] < least:
+            raise UserError(f'config.{key} must be at least {least}, not {fields[key]}.')
+    for key in _POSITIVE:
+        if fields[key] <= 0:
+            raise UserError(f'config.{key} must be positive, not {fields[key]}.')
+    for key in _SHARES:
+        if not 0 <= fields[key] <= 1:
+            raise UserError(f'config.{key} must be between 0 and 1, not {fields[key]}.')
+    for key, value in fields.items():
+        if key.startswith('agent.') and not isinstance(value, str) and value < 0:
+            raise UserError(f'config.{key} must not be negative, not {value}.')
+    side = fields['env.image_size']
+    if side and (side % 16 or not 48 <= side <= 256):
+        raise UserError(
+            f'config.env.image_size must be 0 or a multiple of 16 from 48 to 256, not {side}.'
+        )
+    if fields['mesh.data'] < 1 and fields['mesh.data'] != -1:
+        raise UserError(
+            f'config.mesh.data must be a number of devices, or -1 for all, not {fields["mesh.data"]}.'
+        )
+    sequences = max(fields['env.num_envs'], fields['replay.batch_size'])
+    least = sequences * (fields['replay.batch_length'] + 1)
+    if fields['replay.capacity'] < least:
+        raise UserError(
+            f'config.replay.capacity must hold a batch and a sequence of every environment, '
+            f'{least} steps, not {fields["replay.capacity"]}.'
+        )
+
+
+def _flatten(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _flatten(value, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}', value
+
+
+def _set_keyword(config: ml_collections.ConfigDict, key: str, text: str | None) -> None:
+    name = key.removeprefix(_KEYWORDS)
+    if not name.isidentifier():
+        raise UserError(f'--config.{key} does not name an argument of the environment.')
+    if text is None:
+        raise UserError(f'--config.{key} needs a value, as in --config.{key}=1.')
+    try:
+        value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    try:
+        with config.unlocked():
+            config.env.kwargs[name] = value
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f'--config.{key} cannot hold {text!r}; names of entries are text.') from None
+
+
+def _plain_digits(text: str) -> str:
+    """Writes a whole number in scientific notation out, and leaves other text alone."""
+    try:
+        number = float(text)
+        return str(int(number)) if 'e' in text.lower() and number.is_integer() else text
+    except ValueError:
+        return text
+
+
+def _unknown_key(key: str, fields: dict[str, Any]) -> str:
+    members = [field for field in fields if field.startswith(f'{key}.')]
+    if members or f'{key}.' == _KEYWORDS:
+        example = members[0] if members else f'{key}.NAME'
+        return f'config.{key} is a group of settings; set one of them, as in --config.{example}=...'
+    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.75)
+    leaf = key.rpartition('.')[2]
+    leaves = {field.rpartition('.')[2]: field for field in fields}
+    if not close:
+        close = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+    hint = f'; did you mean config.{close[0]}?' if close else '; configs/base.py lists them all.'
+    return f'There is no setting config.{key}{hint}'

@@ -1,0 +1,127 @@
+"""One whole update as a pure function: all losses, one backward pass, optimiser, slow critic."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dreamerv3_jax import rssm
+from dreamerv3_jax.actor_critic import actor_critic_losses
+from dreamerv3_jax.config import AgentConfig
+from dreamerv3_jax.networks import Networks
+from dreamerv3_jax.spaces import ArraySpec
+from dreamerv3_jax.train_state import TrainState
+from dreamerv3_jax.types import Array, Batch, Metrics, Params, ReturnPercentiles, StoredLatent
+from dreamerv3_jax.world_model import world_model_losses
+
+
+def loss_scales(observation_specs: Mapping[str, ArraySpec], config: AgentConfig) -> dict[str, float]:
+    """Weight of every loss by name."""
+    return {
+        **{f'reconstruction/{name}': config.reconstruction_scale for name in observation_specs},
+        'reward': config.reward_scale,
+        'continue': config.continue_scale,
+        'dynamics': config.dynamics_scale,
+        'representation': config.representation_scale,
+        'actor': config.actor_scale,
+        'critic': config.critic_scale,
+        'replay_critic': config.replay_critic_scale,
+    }
+
+
+def total_loss(
+    params: Params,
+    slow_critic: Params,
+    percentiles: ReturnPercentiles,
+    batch: Batch,
+    key: jax.Array | None,
+    *,
+    networks: Networks,
+    observation_specs: Mapping[str, ArraySpec],
+    action_specs: Mapping[str, ArraySpec],
+    config: AgentConfig,
+) -> tuple[Array, tuple[dict[str, Array], StoredLatent, ReturnPercentiles, Metrics]]:
+    """The weighted sum of all losses.
+
+    Args:
+      params: of all networks.
+      slow_critic: moving average of the critic's parameters.
+      percentiles: of the returns so far.
+      batch: [B, T + 1] steps.
+      key: consumed here; None takes the most probable latents.
+      networks: all networks.
+      observation_specs: of the observation.
+      action_specs: of the action.
+      config: settings.
+
+    Returns:
+      The loss [] float32, and as auxiliary results the unreduced losses by name, the new latents [B, T, ...],
+      the new percentiles and the metrics.
+    """
+    model_key, behaviour_key = (None, None) if key is None else jax.random.split(key)
+    model = world_model_losses(
+        networks, params, batch, model_key,
+        observation_specs=observation_specs, action_specs=action_specs, config=config,
+    )  # fmt: skip
+    behaviour = actor_critic_losses(
+        networks, params, slow_critic, percentiles, model.latent, batch, behaviour_key,
+        action_specs=action_specs, config=config,
+    )  # fmt: skip
+    losses = model.losses | behaviour.losses
+    scales = loss_scales(observation_specs, config)
+    assert losses.keys() == scales.keys(), (sorted(losses), sorted(scales))
+    means = {name: loss.mean() for name, loss in losses.items()}
+    total = jnp.sum(jnp.stack([scales[name] * mean for name, mean in means.items()]))
+    metrics = {f'loss/{name}': mean for name, mean in means.items()} | model.metrics | behaviour.metrics
+    stored = jax.lax.stop_gradient(rssm.store_latent(model.latent))
+    return total, (losses, stored, behaviour.percentiles, metrics)
+
+
+def update(
+    state: TrainState,
+    batch: Batch,
+    *,
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    observation_specs: Mapping[str, ArraySpec],
+    action_specs: Mapping[str, ArraySpec],
+    config: AgentConfig,
+) -> tuple[TrainState, StoredLatent, Metrics]:
+    """One update of everything.
+
+    Args:
+      state: before the update.
+      batch: [B, T + 1] steps.
+      networks: all networks.
+      optimizer: of all parameters.
+      observation_specs: of the observation.
+      action_specs: of the action.
+      config: settings.
+
+    Returns:
+      The new state, the latents [B, T, ...] to write back to the replay, and metrics {name: [] float32}.
+    """
+    gradient = jax.value_and_grad(total_loss, has_aux=True)
+    (total, (_, stored, percentiles, metrics)), grads = gradient(
+        state.params, state.slow_critic, state.percentiles, batch, state.key(),
+        networks=networks, observation_specs=observation_specs, action_specs=action_specs, config=config,
+    )  # fmt: skip
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    rate = config.slow_critic_rate
+    slow_critic = jax.tree.map(lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic'])
+    metrics |= {
+        'loss/total': total,
+        'optimizer/gradient_norm': optax.tree.norm(grads),
+        'optimizer/update_norm': optax.tree.norm(updates),
+        'optimizer/parameter_norm': optax.tree.norm(params),
+    }
+    state = state.replace(
+        params=params,
+        slow_critic=slow_critic,
+        optimizer=optimizer_state,
+        percentiles=percentiles,
+        updates=state.updates + 1,
+    )
+    return state, stored, metrics
