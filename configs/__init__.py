@@ -1,0 +1,1 @@
+"""Presets: one file each, and `base` with all settings and sizes."""

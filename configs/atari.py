@@ -3,8 +3,8 @@
 pip install 'dreamerv3-jax[atari]'
 dreamerv3-jax train --config=atari --config.env.id=atari/breakout
 
-The published paper describes colour images of 64x64 pixels; the published code, and this preset, use gray
-ones of 96x96. The former: --config.env.kwargs.gray=false --config.env.image_size=64
+The published paper describes colour images of 64x64 pixels; the published code, and this preset,
+use gray ones of 96x96. The former: --config.env.kwargs.gray=false --config.env.image_size=64
 Between the games only env.id differs. A smaller network, for a smaller GPU, is atari:size12m.
 """
 

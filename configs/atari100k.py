@@ -1,4 +1,4 @@
-"""Atari in 100k agent steps (400k frames): no sticky actions, each game's own actions, colour, 64x64 pixels.
+"""Atari in 100k agent steps: no sticky actions, each game's own actions, colour, 64x64 pixels.
 
 pip install 'dreamerv3-jax[atari]'
 dreamerv3-jax train --config=atari100k --config.env.id=atari/breakout

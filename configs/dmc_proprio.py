@@ -1,12 +1,13 @@
-"""DeepMind Control Suite from vectors: joint positions, velocities and the like.
+r"""DeepMind Control Suite from vectors: joint positions, velocities and the like.
 
 pip install 'dreamerv3-jax[dmc]'
 dreamerv3-jax train --config=dmc_proprio --config.env.id=dmc/cheetah_run
 
-The published scores were made with 12M parameters, an action repeat of 2 and half the train ratio, in 500k
-environment frames:
+The published scores were made with 12M parameters, an action repeat of 2 and half the train ratio,
+in 500k environment frames:
 
-dreamerv3-jax train --config=dmc_proprio:size12m --config.env.repeat=2 --config.replay.train_ratio=512 --config.run.steps=5e5
+dreamerv3-jax train --config=dmc_proprio:size12m --config.env.id=dmc/cheetah_run \
+    --config.env.repeat=2 --config.replay.train_ratio=512 --config.run.steps=5e5
 
 Between the tasks only env.id differs.
 """

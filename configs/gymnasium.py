@@ -1,13 +1,15 @@
-"""Any environment that gymnasium can make, or your own: vectors, images, nested spaces, any actions.
+r"""Any environment of gymnasium, or your own: vectors, images, nested spaces, any actions.
 
 dreamerv3-jax train --config=gymnasium --config.env.id=Pendulum-v1
 
-A function of yours that returns a gymnasium environment goes by its import path, and its arguments follow:
+A function of yours that returns a gymnasium environment goes by its import path:
 
-dreamerv3-jax train --config=gymnasium --config.env.id=my_package.my_module:make_env --config.env.kwargs.level=3
+dreamerv3-jax train --config=gymnasium \
+    --config.env.id=my_package.my_module:make_env --config.env.kwargs.level=3
 
-What may differ between environments, and nothing else: the train ratio (1024 where steps are dear, 32 where
-they are cheap), the number of environments, the size (gymnasium:size12m) and the action repeat.
+What may differ between environments, and nothing else: the train ratio (1024 where steps are dear,
+32 where they are cheap), the number of environments, the action repeat, the number of steps and the
+size (gymnasium:size12m).
 """
 
 import ml_collections

@@ -2,8 +2,8 @@
 
 dreamerv3-jax train --config=quickstart
 
-It plays, learns and logs to runs/quickstart-CartPole-v1-nano-seed0. The same command again goes on where
-the run stopped. Watch the learned policy with
+It plays, learns and logs to runs/quickstart-CartPole-v1-nano-seed0. The same command again goes on
+where the run stopped. Watch the learned policy with
 
 dreamerv3-jax evaluate runs/quickstart-CartPole-v1-nano-seed0 --video=cartpole.mp4
 """

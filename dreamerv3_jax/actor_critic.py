@@ -29,16 +29,18 @@ class ActorCriticLosses(NamedTuple):
 class Imagined(NamedTuple):
     """Trajectories from every replayed state; nothing in them carries a gradient."""
 
-    deter: Array  # [H + 1, N, D]
-    stoch: Array  # [H + 1, N, S * C]
+    state: tuple[Array, Array]  # ([H, N, D], [H, N, S * C]), all but the last
     actions: dict[str, Array]  # {name: [H, N, n]}
-    reward: Array  # [N, H + 1] float32
-    continue_: Array  # [N, H + 1] float32, probabilities that contain the discount
+    slow_value: Array  # [H, N] float32
+    last_value: Array  # [N] float32, of the online critic in the last state
+    reward: Array  # [H + 1, N] float32
+    continue_: Array  # [H + 1, N] float32, probabilities that contain the discount
 
 
 def imagine_trajectories(
     networks: Networks,
     params: Params,
+    slow_critic: Params,
     start: Latent,
     key: chex.PRNGKey | None,
     *,
@@ -46,20 +48,35 @@ def imagine_trajectories(
     config: AgentConfig,
 ) -> Imagined:
     """Imagines H steps from every start state [N, ...] with sampled actions; the key is consumed here."""
-    params, start = sg((params, start))
+    params, slow_critic, start = sg((params, slow_critic, start))
+    bins = two_hot_bins(config.bins)
 
-    def act(latent: Latent, act_key: chex.PRNGKey) -> tuple[dict[str, Array], Array]:
+    def score(latent: Latent) -> tuple[Array, Array]:
+        state = (latent.deter, rssm.flat(latent.stoch))
+        reward = two_hot_mean(networks.reward(params['reward'], *state), bins)
+        return reward, jax.nn.sigmoid(networks.continue_(params['continue_'], *state)[..., 0])
+
+    def value(critic: Params, latent: Latent) -> Array:
+        return two_hot_mean(networks.critic(critic, latent.deter, rssm.flat(latent.stoch)), bins)
+
+    def act(latent: Latent, act_key: chex.PRNGKey) -> tuple[Array, tuple]:
         outputs = networks.actor(params['actor'], latent.deter, rssm.flat(latent.stoch))
         actions = action_lib.sample(action_lib.make_policy(outputs, action_specs, config), act_key)
-        return actions, action_lib.flatten_actions(actions, action_specs)
+        record = (actions, value(slow_critic, latent), *score(latent))
+        return action_lib.flatten_actions(actions, action_specs), record
 
-    latents, actions = rssm.imagine(
+    latents, last, (actions, slow_value, reward, continue_) = rssm.imagine(
         networks.dynamics, params['dynamics'], start, act, config.imagination_length, key, unimix=config.unimix
     )
-    state = (latents.deter, rssm.flat(latents.stoch))
-    reward = two_hot_mean(networks.reward(params['reward'], *state), two_hot_bins(config.bins))
-    continue_ = jax.nn.sigmoid(networks.continue_(params['continue_'], *state)[..., 0])
-    return Imagined(*state, actions, reward.T, continue_.T)
+    last_reward, last_continue = score(last)
+    return Imagined(
+        state=(latents.deter, rssm.flat(latents.stoch)),
+        actions=actions,
+        slow_value=slow_value,
+        last_value=value(params['critic'], last),
+        reward=jnp.concatenate([reward, last_reward[None]]),
+        continue_=jnp.concatenate([continue_, last_continue[None]]),
+    )
 
 
 def actor_critic_losses(
@@ -88,14 +105,14 @@ def actor_critic_losses(
       config: settings.
     """
     start = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), latent)
-    imagined = imagine_trajectories(networks, params, start, key, action_specs=action_specs, config=config)
+    imagined = imagine_trajectories(
+        networks, params, slow_critic, start, key, action_specs=action_specs, config=config
+    )
     bins = two_hot_bins(config.bins)
-    logits = networks.critic(params['critic'], imagined.deter, imagined.stoch)
-    value = sg(two_hot_mean(logits, bins)).T
-    before_last = (imagined.deter[:-1], imagined.stoch[:-1])
-    slow_value = two_hot_mean(networks.critic(sg(slow_critic), *before_last), bins).T
+    logits = networks.critic(params['critic'], *imagined.state)
+    value = jnp.concatenate([sg(two_hot_mean(logits, bins)), imagined.last_value[None]]).T
     result = returns.lambda_returns(
-        imagined.reward, imagined.continue_, value, lambda_=config.return_lambda
+        imagined.reward.T, imagined.continue_.T, value, lambda_=config.return_lambda
     )
     percentiles = normalization.update_return_percentiles(
         percentiles,
@@ -106,17 +123,19 @@ def actor_critic_losses(
     )
     scale = normalization.return_scale(percentiles, limit=config.return_limit)
     advantage = (result - value[:, :-1]) / scale
-    weight = returns.trajectory_weights(imagined.continue_)[:, :-1]
+    weight = returns.trajectory_weights(imagined.continue_.T)[:, :-1]
 
-    policy = action_lib.make_policy(networks.actor(params['actor'], *before_last), action_specs, config)
+    policy = action_lib.make_policy(networks.actor(params['actor'], *imagined.state), action_specs, config)
     entropy = action_lib.entropy(policy).T
     actor = losses.actor_loss(
         action_lib.log_prob(policy, imagined.actions).T, entropy, advantage, weight,
         entropy_scale=config.entropy_scale,
     )  # fmt: skip
-    critic = weight * losses.critic_loss(
-        logits[:-1].swapaxes(0, 1), result, slow_value, bins, slow_scale=config.slow_critic_scale
+    # The logits stay time-major: transposing the small targets is cheap, transposing [H, N, K] is not.
+    critic = losses.critic_loss(
+        logits, result.T, imagined.slow_value, bins, slow_scale=config.slow_critic_scale
     )
+    critic = weight * critic.T
     replay_critic, replay_value = _replay_critic_loss(
         networks, params, slow_critic, latent, batch, result[:, 0], config
     )
@@ -126,7 +145,7 @@ def actor_critic_losses(
         'return/high': percentiles.high,
         'return/scale': scale,
         'critic/value': value.mean(),
-        'critic/slow_value': slow_value.mean(),
+        'critic/slow_value': imagined.slow_value.mean(),
         'critic/replay_value': replay_value.mean(),
         'actor/entropy': entropy.mean(),
         'actor/advantage': advantage.mean(),

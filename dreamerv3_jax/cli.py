@@ -1,7 +1,7 @@
 """The command line: `train`, `evaluate` and `presets`.
 
-Neither jax nor an environment is imported before the arguments are known to be right, so that help and
-mistakes are answered at once and a mistake leaves nothing behind.
+Neither jax nor an environment is imported before the arguments are known to be right, so that help
+and mistakes are answered at once and a mistake leaves nothing behind.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-      The exit code: 0, or 2 after a mistake that was answered with one sentence, or 130 after Ctrl-C.
+      The exit code: 0, 2 after a mistake that was answered with one sentence, 130 after Ctrl-C.
     """
     try:
         _run(list(sys.argv[1:] if argv is None else argv))

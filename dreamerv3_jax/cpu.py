@@ -1,4 +1,4 @@
-"""Settings that make JAX faster on CPUs. They work only before jax is imported, so this file never does."""
+"""Settings that make JAX faster on CPUs. They have to be made before jax is imported."""
 
 import ctypes
 import glob
@@ -6,24 +6,25 @@ import importlib.metadata
 import importlib.util
 import os
 
-# From malloc.h. Large buffers are kept instead of being returned to the system after every operation, which
-# would cost a page fault per 4 KB when they are needed again. The process then never shrinks.
+# From malloc.h. Large buffers are kept instead of being returned to the system after every
+# operation, which costs a page fault per 4 KB when they are needed again. The process does not
+# shrink then.
 _MALLOC_OPTIONS = (
     (-4, 0),  # M_MMAP_MAX: no buffer of its own mapping
     (-1, -1),  # M_TRIM_THRESHOLD: never trim the heap
     (-2, 256 * 1024 * 1024),  # M_TOP_PAD: grow the heap in large pieces
     (-8, 1),  # M_ARENA_MAX: one heap for all threads
 )
-# This release puts convolutions into a single-threaded fusion. Unknown flags end the process, so releases
-# that were not tried are left alone.
+# This release puts convolutions into a single-threaded fusion. Unknown flags end the process, so
+# releases that were not tried are left alone.
 _CONVOLUTION_RELEASE = '0.10.2'
 _CONVOLUTION_FLAG = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution'
 
 
 def prepare() -> bool:
-    """Tunes memory allocation and XLA for a machine without accelerator; call it before importing jax.
+    """Tunes memory allocation and XLA on a machine without accelerator, before jax is imported.
 
-    Leaves alone what the environment variables `MALLOC_*`, `GLIBC_TUNABLES` or `XLA_FLAGS` already decide.
+    Leaves alone what the environment variables `MALLOC_*`, `GLIBC_TUNABLES` or `XLA_FLAGS` decide.
 
     Returns:
       Whether the machine was taken for one without accelerator.

@@ -23,7 +23,7 @@ def names() -> list[str]:
 
 def describe(name: str) -> str:
     """Returns the first line of a preset's docstring."""
-    return inspect.getdoc(_preset_module(name)).splitlines()[0]
+    return (inspect.getdoc(_preset_module(name)) or '').partition('\n')[0]
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:

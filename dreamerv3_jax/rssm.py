@@ -1,7 +1,7 @@
 """Scans of the RSSM cell: `observe` along replayed sequences, `imagine` ahead of them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -141,36 +141,36 @@ def imagine(
     dynamics: Network,
     params: Params,
     start: Latent,
-    act: Callable[[Latent, chex.PRNGKey], tuple[dict[str, Array], Array]],
+    act: Callable[[Latent, chex.PRNGKey], tuple[Array, Any]],
     length: int,
     key: chex.PRNGKey | None,
     *,
     unimix: float,
-) -> tuple[Latent, dict[str, Array]]:
+) -> tuple[Latent, Latent, Any]:
     """Rolls the prior ahead with actions of the policy.
 
     Args:
       dynamics: the `RSSMCell`.
       params: of the cell.
       start: [N, ...] latents, one trajectory from each.
-      act: maps a latent and a key to actions {name: [N, n]} and their flat vector [N, A].
+      act: maps a latent and a key to a flat action [N, A] and a tree to record for this step. What it
+        computes there runs while the latent is in the cache.
       length: H.
       key: consumed here; None takes the most probable latents (and gives `act` a fixed key).
       unimix: share of the uniform distribution.
 
     Returns:
-      Latents [H + 1, N, ...], the start first, and the actions taken in the first H of them {name: [H, N, n]}.
+      The latents [H, N, ...] from the start on, the last latent [N, ...] after them, and the records [H, ...].
     """
     keys = jax.random.split(jax.random.key(0) if key is None else key, (length, 2))
 
-    def step(latent: Latent, step_keys: chex.PRNGKey) -> tuple[Latent, tuple[Latent, dict[str, Array]]]:
-        actions, flat_action = act(latent, step_keys[0])
+    def step(latent: Latent, step_keys: chex.PRNGKey) -> tuple[Latent, tuple[Latent, Any]]:
+        flat_action, record = act(latent, step_keys[0])
         embedded = dynamics(params, flat_action, method='embed_action')
         deter = dynamics(params, latent.deter, flat(latent.stoch), embedded, method='sequence')
         log_prior = distributions.unimix(dynamics(params, deter, method='prior'), unimix)
         stoch = sample_latent(log_prior, None if key is None else step_keys[1], deter.dtype)
-        return Latent(deter, stoch), (latent, actions)
+        return Latent(deter, stoch), (latent, record)
 
-    last, (latents, actions) = jax.lax.scan(step, start, keys)
-    latents = jax.tree.map(lambda stack, end: jnp.concatenate([stack, end[None]]), latents, last)
-    return latents, actions
+    last, (latents, records) = jax.lax.scan(step, start, keys)
+    return latents, last, records

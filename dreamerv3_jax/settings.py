@@ -4,7 +4,7 @@ import ast
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ _SHARES = (
 def override(config: ml_collections.ConfigDict, key: str, text: str | None) -> None:
     """Sets one field of a configuration, in place, from text.
 
-    The value takes the type of the field; whole numbers may be written as `1e6`. A new key is allowed
-    in `env.kwargs` only, with a Python literal as value and anything else taken as text.
+    The value takes the type of the field; whole numbers may be written as `1e6`. A new key is
+    allowed in `env.kwargs` only, with a Python literal as value and anything else taken as text.
 
     Args:
       config: the settings.
@@ -103,13 +103,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise UserError(f'config.{key} must be finite, not {value}.')
     missing = sorted(set(expected) - set(fields))
     if missing:
-        raise UserError(f'The configuration lacks {", ".join(missing)}; start from configs/base.py.')
+        raise UserError(f'The settings lack {", ".join(missing)}; start from configs/base.py.')
     _check_ranges(fields)
     AgentConfig.from_mapping(config.agent.to_dict())
 
 
 def run_folder(config: ml_collections.ConfigDict, preset: str) -> Path:
-    """Returns where a run is kept; by default its name says what it is, so that it can be resumed."""
+    """Returns where a run is kept: by default where the same command would look for it again."""
     if config.logdir:
         return Path(config.logdir).expanduser()
     environment = re.sub(r'[^\w.-]+', '_', config.env.id)
@@ -141,9 +141,10 @@ def _check_ranges(fields: dict[str, Any]) -> None:
         raise UserError(
             f'config.env.image_size must be 0 or a multiple of 16 from 48 to 256, not {side}.'
         )
-    if fields['mesh.data'] < 1 and fields['mesh.data'] != -1:
+    devices = fields['mesh.data']
+    if devices < 1 and devices != -1:
         raise UserError(
-            f'config.mesh.data must be a number of devices, or -1 for all, not {fields["mesh.data"]}.'
+            f'config.mesh.data must be a number of devices, or -1 for all, not {devices}.'
         )
     sequences = max(fields['env.num_envs'], fields['replay.batch_size'])
     least = sequences * (fields['replay.batch_length'] + 1)
@@ -172,11 +173,14 @@ def _set_keyword(config: ml_collections.ConfigDict, key: str, text: str | None) 
         value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
     except (ValueError, SyntaxError):
         value = text
+    arguments = config.env.kwargs
     try:
         with config.unlocked():
-            config.env.kwargs[name] = value
+            if name in arguments:  # another type than before would be refused
+                del arguments[name]
+            arguments[name] = value
     except (TypeError, ValueError, KeyError):
-        raise UserError(f'--config.{key} cannot hold {text!r}; names of entries are text.') from None
+        raise UserError(f'--config.{key} cannot be set to {text!r}.') from None
 
 
 def _plain_digits(text: str) -> str:

@@ -159,23 +159,36 @@ def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
     Returns:
       [..., height, width, C] `uint8`, rounded to nearest.
     """
-    *batch, old_height, old_width, channels = images.shape
-    rows = _resize_weights(old_height, height)
-    columns = _resize_weights(old_width, width)
-    values = images.reshape(*batch, old_height, old_width * channels).astype(np.float32)
-    values = (rows @ values).reshape(*batch, height, old_width, channels)
-    values = np.moveaxis(np.moveaxis(values, -1, -3) @ columns.T, -3, -1)
-    return np.rint(values).astype(np.uint8)
+    return np.rint(_resample(_resample(images, height, -3), width, -2)).astype(np.uint8)
+
+
+def _resample(values: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Returns `float32` values, filtered along an axis counted from the end."""
+    shape = (size,) + (1,) * (-axis - 1)
+    # A loop over the few inputs of each output instead of a matrix product: BLAS would start its
+    # threads for it, which compete with the learner's.
+    parts = (
+        np.take(values, index, axis) * weight.reshape(shape)
+        for index, weight in zip(*_taps(values.shape[axis], size), strict=True)
+    )
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 @functools.lru_cache(64)
-def _resize_weights(old: int, new: int) -> np.ndarray:
-    """Returns [new, old] `float32` weights whose rows sum to 1."""
+def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the inputs of every output and their weights, [K, new] `int64` and `float32`."""
     scale = old / new
+    reach = max(scale, 1.0)
     centers = (np.arange(new) + 0.5) * scale
-    distances = np.abs(np.arange(old) + 0.5 - centers[:, None]) / max(scale, 1.0)
-    weights = np.maximum(0.0, 1.0 - distances)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    first = np.floor(centers - reach).astype(np.int64)
+    indices = first + np.arange(math.ceil(2 * reach) + 1)[:, None]
+    weights = np.maximum(0.0, 1.0 - np.abs(indices + 0.5 - centers) / reach)
+    weights *= (indices >= 0) & (indices < old)
+    weights /= weights.sum(0)
+    return indices.clip(0, old - 1), weights.astype(np.float32)
 
 
 class _ImageLayout(NamedTuple):
@@ -330,14 +343,12 @@ def _assembler(space: spaces.Space, path: _Path) -> Callable[[Mapping[str, np.nd
 def _box_action(space: spaces.Box) -> Callable[[np.ndarray], np.ndarray]:
     low, high = space.low.ravel().astype(np.float64), space.high.ravel().astype(np.float64)
     bounded, shape, dtype = _bounded(space), space.shape, space.dtype
-    scale = np.ones_like(low)
-    center = np.zeros_like(low)
-    scale[bounded] = (high - low)[bounded] / 2
-    center[bounded] = (high + low)[bounded] / 2
+    start, end = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
     integer = dtype.kind in 'iub'
 
     def convert(values: np.ndarray) -> np.ndarray:
-        result = center + scale * np.minimum(np.maximum(values, -1.0), 1.0)
+        values = np.minimum(np.maximum(values.astype(np.float64), -1.0), 1.0)
+        result = (start * (1.0 - values) + end * (1.0 + values)) / 2  # -1 and 1 meet the bounds
         result = np.minimum(np.maximum(result, low), high)  # also for bounds on one side only
         if integer:
             result = np.rint(result)

@@ -21,15 +21,17 @@ def symexp(x: Array) -> Array:
 def two_hot_bins(num_bins: int) -> np.ndarray:
     """Returns the bin values `symexp(linspace(-20, 20, num_bins))`, [K] float32 (paper eq. 10).
 
-    One half is computed and mirrored, so the bins are exactly symmetric with an exact 0 in the middle.
+    Their order is: the negative ones from the smallest magnitude up, the positive ones likewise, then 0.
+    Mirrored bins so lie half an array apart, where they can be paired without reversing anything. One half
+    is computed and mirrored, so the bins are exactly symmetric.
 
     Raises:
       ValueError: `num_bins` is even or less than 3.
     """
     if num_bins < 3 or num_bins % 2 == 0:
         raise ValueError(f'The number of bins must be odd and at least 3, not {num_bins}.')
-    positive = np.expm1(np.linspace(0.0, 20.0, num_bins // 2 + 1)).astype(np.float32)
-    return np.concatenate([-positive[:0:-1], positive])
+    positive = np.expm1(np.linspace(0.0, 20.0, num_bins // 2 + 1)[1:]).astype(np.float32)
+    return np.concatenate([-positive, positive, np.zeros(1, np.float32)])
 
 
 def two_hot(value: Array, bins: np.ndarray) -> Array:
@@ -40,21 +42,25 @@ def two_hot(value: Array, bins: np.ndarray) -> Array:
 
     Args:
       value: [...] float32.
-      bins: [K] increasing.
+      bins: [K] from `two_hot_bins`.
 
     Returns:
       [..., K] float32 weights that sum to 1.
     """
-    shape = (1,) * value.ndim + (-1,)
-    infinity, gaps = np.full(1, np.inf, np.float32), np.diff(bins)
-    below = np.concatenate([-infinity, bins[:-1]]).reshape(shape)
-    above = np.concatenate([bins[1:], infinity]).reshape(shape)
-    gap_below = np.concatenate([np.ones(1, np.float32), gaps]).reshape(shape)
-    gap_above = np.concatenate([gaps, np.ones(1, np.float32)]).reshape(shape)
-    value = jnp.clip(value, bins[0], bins[-1])[..., None]
-    rising = (value - below) * (1 / gap_below)
-    falling = (above - value) * (1 / gap_above)
-    return jnp.clip(jnp.minimum(rising, falling), 0.0, 1.0)
+    ordered, rank = np.sort(bins), np.argsort(np.argsort(bins))
+    infinity, one = np.full(1, np.inf, np.float32), np.ones(1, np.float32)
+    neighbours = (
+        np.concatenate([-infinity, ordered[:-1]]),  # the bin below
+        np.concatenate([ordered[1:], infinity]),  # the bin above
+        1 / np.concatenate([one, np.diff(ordered)]),
+        1 / np.concatenate([np.diff(ordered), one]),
+    )
+    below, above, slope_below, slope_above = (
+        x[rank].reshape((1,) * value.ndim + (-1,)) for x in neighbours
+    )
+    value = jnp.clip(value, ordered[0], ordered[-1])[..., None]
+    triangle = jnp.minimum((value - below) * slope_below, (above - value) * slope_above)
+    return jnp.clip(triangle, 0.0, 1.0)
 
 
 def two_hot_mean(logits: Array, bins: np.ndarray) -> Array:
@@ -64,14 +70,15 @@ def two_hot_mean(logits: Array, bins: np.ndarray) -> Array:
 
     Args:
       logits: [..., K].
-      bins: [K], symmetric.
+      bins: [K] from `two_hot_bins`.
 
     Returns:
       [...] float32.
     """
     chex.assert_axis_dimension(logits, -1, len(bins))
-    probs = jax.nn.softmax(logits.astype(jnp.float32), -1)
-    middle = len(bins) // 2
-    positive = bins[middle + 1 :].reshape((1,) * (logits.ndim - 1) + (-1,))
-    difference = probs[..., middle + 1 :] - probs[..., :middle][..., ::-1]
-    return jnp.sum(difference * positive, -1)
+    logits = logits.astype(jnp.float32)
+    weights = jnp.exp(logits - jnp.max(jax.lax.stop_gradient(logits), -1, keepdims=True))
+    half = len(bins) // 2
+    positive = bins[half : 2 * half].reshape((1,) * (logits.ndim - 1) + (-1,))
+    difference = weights[..., half : 2 * half] - weights[..., :half]
+    return jnp.sum(difference * positive, -1) / jnp.sum(weights, -1)

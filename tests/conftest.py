@@ -4,8 +4,14 @@ from dreamerv3_jax import cpu
 
 cpu.prepare()
 
+import sys  # noqa: E402
+import types  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import dreamerv3_jax  # noqa: E402
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)  # for the tests of sharding; others use the first
@@ -16,3 +22,14 @@ hypothesis.settings.register_profile(
     'tests', max_examples=25, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile('tests')
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replaces the training loop; returns the list of its (config, logdir, preset)."""
+    calls = []
+    loop = types.ModuleType('dreamerv3_jax.loop')
+    loop.train = lambda config, logdir, preset: calls.append((config, logdir, preset))
+    monkeypatch.setitem(sys.modules, loop.__name__, loop)
+    monkeypatch.setattr(dreamerv3_jax, 'loop', loop, raising=False)
+    return calls

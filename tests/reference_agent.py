@@ -10,6 +10,7 @@ from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.networks import make_networks
 from dreamerv3_jax.spaces import ArraySpec
+from dreamerv3_jax.transforms import two_hot_bins
 from dreamerv3_jax.types import Batch
 
 FOLDER = pathlib.Path(__file__).parent / 'reference'
@@ -72,6 +73,12 @@ def our_path(name: str) -> list[str]:
     return [*_layer(layer), leaf]
 
 
+def bin_order() -> np.ndarray:
+    """Indices that bring two-hot bins from increasing order to ours."""
+    bins = two_hot_bins(CONFIG.bins)
+    return np.argsort(np.argsort(bins))
+
+
 def nested(flat: dict[str, np.ndarray]) -> dict:
     """Builds our parameter tree from {published name: array}."""
     tree: dict = {}
@@ -80,6 +87,8 @@ def nested(flat: dict[str, np.ndarray]) -> dict:
         *parents, leaf = our_path(name)
         for parent in parents:
             node = node.setdefault(parent, {})
+        if leaf in ('kernel', 'bias') and value.shape[-1] == CONFIG.bins:
+            value = value[..., bin_order()]
         if name == 'dec/mlp/linear0/kernel':  # the published decoder alone concatenates stoch before deter
             value = np.roll(value, CONFIG.deter, 0)
         node[leaf] = jnp.asarray(value)

@@ -140,6 +140,15 @@ def test_latents_of_overwritten_steps_are_dropped():
     assert values == [99, -5, -6, -7, -8]
 
 
+def test_latents_of_steps_that_do_not_exist_are_dropped():
+    replay = make(capacity=5, streams=1, batch_size=1)
+    fill(replay, 0, 7)  # holds 2 3 4 5 6; 7 and 8 would take the places of 2 and 3
+    index = SampleIndex(np.array([0]), np.array([5]))  # from before an older state was restored
+    replay.update_latents(index, np.full((1, 3, 3), 99.0), np.full((1, 3, 2), 99))
+    values = [float(stored(replay, 'deter', 0, position)[0]) for position in (2, 3, 4, 5, 6)]
+    assert values == [-3, -4, -5, -6, 99]
+
+
 def test_latents_come_back_as_context():
     replay = make(capacity=5, streams=1, batch_size=1)
     fill(replay, 0, 4, latents=False)
@@ -265,6 +274,7 @@ def test_state_holds_what_is_in_use_only():
     assert arrays['data/image'].shape == (2, 7, 2, 2, 1)
     assert np.shares_memory(arrays['data/image'], replay._data['image'])
     fill(replay, 1, 200, start=7)
+    assert arrays['count'].tolist() == [5, 7]
     assert replay.state()['arrays']['data/image'].shape == (2, 100, 2, 2, 1)
 
 
@@ -325,6 +335,9 @@ def test_too_small_capacity_is_refused_with_one_that_works():
     with pytest.raises(UserError, match='--config.replay.capacity=12 '):
         make(capacity=11, streams=3)
     make(capacity=12, streams=3)
+    # Batches need 4 * 3 + 1 steps, of which three streams hold equal shares.
+    with pytest.raises(UserError, match='--config.replay.capacity=15 '):
+        make(capacity=14, streams=3, batch_size=4)
     # One stream: 5 * 3 + 1 steps, or it would never be full enough to train.
     with pytest.raises(UserError, match='--config.replay.capacity=16 '):
         make(capacity=15, streams=1, batch_size=5)

@@ -129,6 +129,12 @@ def test_train_ratio_is_exact_however_it_is_asked(ratio, strides, batch_steps, s
     assert updates == 1 + (steps - start) * Fraction(ratio) // batch_steps
 
 
+def test_train_ratio_means_the_decimal_number():
+    # As a binary fraction 0.3 is a little less, and the third update would be a step late.
+    train_ratio = TrainRatio(0.3, batch_steps=1)
+    assert [train_ratio.due(0), train_ratio.due(10)] == [1, 3]
+
+
 def test_train_ratio_does_not_drift():
     train_ratio = TrainRatio(0.1, batch_steps=1)
     assert sum(train_ratio.due(steps) for steps in range(100_001)) == 1 + 10_000

@@ -1,8 +1,8 @@
 """Vectorised environments that speak the agent's language.
 
-`make` turns the environment settings of a preset into a `VectorEnvironment`, whose `reset` and `step`
-return `Records`: flat observation arrays with reward, `is_first`, `is_last` and `is_terminal`. Nothing
-in here imports JAX, so that worker processes start fast.
+`make` turns the environment settings of a preset into a `VectorEnvironment`, whose `reset` and
+`step` return `Records`: flat observation arrays with reward, `is_first`, `is_last` and
+`is_terminal`. Nothing in here imports JAX, so that worker processes start fast.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ def make(config: Any, seed: int, *, render: bool = False) -> VectorEnvironment:
     """Builds the environments of a preset.
 
     Args:
-      config: the `env` part of a preset: id, kwargs, num_envs, repeat, image_size, vectorization and
-        autoreset (described in `configs/base.py`).
+      config: the `env` part of a preset: id, kwargs, num_envs, repeat, image_size, vectorization
+        and autoreset (described in `configs/base.py`).
       seed: every environment gets a seed of its own, derived from this one and its index.
       render: make `VectorEnvironment.render` draw, for environments that can.
 

@@ -16,8 +16,8 @@ from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
 class Native(VectorEnvironment):
     """An environment's own vectorisation, registered as gymnasium's `vector_entry_point`.
 
-    When it resets is its own choice, which it declares in `metadata['autoreset_mode']`. It seeds its
-    streams from one seed.
+    When it resets is its own choice, which it declares in `metadata['autoreset_mode']`. It seeds
+    its streams from one seed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -29,8 +29,8 @@ class Native(VectorEnvironment):
         super().__init__(settings.id)
         if is_suite(settings.id) or settings.repeat != 1:
             raise UserError(
-                "env.vectorization='native' takes gymnasium ids and env.repeat=1 (a frame skip of the "
-                "environment goes into env.kwargs); use 'sync' or 'async' otherwise."
+                "env.vectorization='native' takes gymnasium ids and env.repeat=1 (frame skips go "
+                "into env.kwargs); use 'sync' or 'async' otherwise."
             )
         self.num_envs = len(settings.seeds)
         kwargs = dict(settings.kwargs)
@@ -85,7 +85,9 @@ class Native(VectorEnvironment):
         streams = np.flatnonzero(ended)
         if not streams.size:
             return None
-        flat = [self._observations.convert(_row(info['final_obs'], index)) for index in streams]
+        flat = [
+            self._observations.convert(_row(info['final_obs'], index)) for index in streams.tolist()
+        ]
         observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
         last = np.ones(len(streams), bool)
         records = Records(observation, reward[streams], ~last, last, terminated[streams])

@@ -62,17 +62,20 @@ class Processes(VectorEnvironment):
                 theirs.close()
                 self._connections.append(ours)
                 self._workers.append(worker)
-        descriptions = self._receive()
-        self.observation_specs, self.action_specs, self.messages = descriptions[0]
+        descriptions: list[_Description] = self._receive()
+        observation_specs, action_specs, self.messages = descriptions[0]
+        self.observation_specs, self.action_specs = observation_specs, action_specs
         for index, description in enumerate(descriptions):
-            if description[:2] != descriptions[0][:2]:
+            if description[:2] != (observation_specs, action_specs):
                 self.close()
                 raise UserError(
                     f'Environments 0 and {index} of {settings.id} have different spaces; all '
                     'environments must observe and act alike.'
                 )
         with _shared_file() as path:
-            self._records, self._actions = _map_arrays(path, *descriptions[0][:2], self.num_envs)
+            self._records, self._actions = _map_arrays(
+                path, observation_specs, action_specs, self.num_envs
+            )
             self._call(path)
 
     def _reset(self) -> Records:
@@ -145,7 +148,8 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
             if command == 'step':
                 connection.send(stream.step(actions, records, index))
             elif command == 'reset':
-                connection.send(stream.reset(records, index))
+                stream.reset(records, index)
+                connection.send(None)
             elif command == 'render':
                 connection.send(stream.render())
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -164,8 +168,8 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
 def _worker_surroundings() -> Iterator[None]:
     """Sets what spawned workers inherit.
 
-    They need nothing of the user's main script: running it again in each of them would import JAX, or
-    even start the training anew where the script has no `__name__` guard.
+    They need nothing of the user's main script: running it again in each of them would import JAX,
+    or even start the training anew where the script has no `__name__` guard.
     """
     main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
     before = {name: os.environ.get(name) for name in _WORKER_VARIABLES}
@@ -183,7 +187,7 @@ def _worker_surroundings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _shared_file() -> Iterator[str]:
-    """Yields the path of an empty file; processes that mapped it keep it when the name is removed."""
+    """Yields the path of an empty file; whoever mapped it keeps it when the name is gone."""
     memory = '/dev/shm'
     folder = memory if os.access(memory, os.W_OK) else None
     descriptor, path = tempfile.mkstemp(prefix='dreamerv3-', dir=folder)

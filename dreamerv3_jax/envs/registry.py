@@ -1,6 +1,6 @@
 """From an environment id to a `gymnasium.Env`.
 
-Suites are modules with a function `make(name, *, repeat, image_size, render_mode, **kwargs)`. They are
+Suites are modules with a function `make(name, *, repeat, image_size, render_mode, ...)`. They are
 imported when first asked for, and take the action repeat themselves because some can skip frames
 without drawing them. `SUITES` is the place to add one.
 """
@@ -84,6 +84,7 @@ def make_env(settings: Settings) -> gymnasium.Env:
 
 @contextlib.contextmanager
 def readable_errors(env_id: str) -> Iterator[None]:
+    """Turns whatever goes wrong while an environment is made into a `UserError`."""
     try:
         yield
     except UserError:
@@ -103,7 +104,8 @@ def _make_from_suite(settings: Settings) -> gymnasium.Env:
     suite = SUITES[prefix]
     if importlib.util.find_spec(suite.package) is None:
         raise UserError(
-            f'{settings.id} needs the {suite.extra} extra: pip install "dreamerv3-jax[{suite.extra}]"'
+            f'{settings.id} needs a package that is not installed: '
+            f'pip install "dreamerv3-jax[{suite.extra}]"'
         )
     make = importlib.import_module(suite.module).make
     own = {

@@ -65,9 +65,9 @@ def write_record(
 class Stream:
     """An environment with its conversions and its automatic resets.
 
-    With autoreset 'next_step', the step after the end of an episode ignores the action and returns the
-    reset observation. With 'same_step', the step that ends an episode returns the reset observation,
-    and the terminal one in its `Ending`.
+    With autoreset 'next_step', the step after the end of an episode ignores the action and returns
+    the reset observation. With 'same_step', the step that ends an episode returns the reset
+    observation, and the terminal one in its `Ending`.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Stream:
         observation, reward, terminated, truncated, info = self._env.step(action)
         flat = self._observations.convert(observation)
         if not (terminated or truncated):
-            write_record(records, row, flat, reward)
+            write_record(records, row, flat, float(reward))
             return None
         logs = episode_logs(info)
         if self._same_step:
             self.reset(records, row)
             return Ending(logs, (flat, float(reward), bool(terminated)))
         self._ended = True
-        write_record(records, row, flat, reward, last=True, terminal=terminated)
+        write_record(records, row, flat, float(reward), last=True, terminal=bool(terminated))
         return Ending(logs, None)
 
     def render(self) -> np.ndarray | None:

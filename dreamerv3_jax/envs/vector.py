@@ -55,8 +55,8 @@ class VectorEnvironment(abc.ABC):
             streams that are about to be reset are ignored.
 
         Returns:
-          The records, and under autoreset 'same_step' the terminal records of the streams that ended
-          on this tick, which come before the normal ones.
+          The records, and under autoreset 'same_step' the terminal records of the streams that
+          ended on this tick, which come before the normal ones.
 
         Raises:
           UserError: an environment failed.

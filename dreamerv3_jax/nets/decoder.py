@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dreamerv3_jax.nets.encoder import STAGES, flat_size, image_keys, vector_keys
-from dreamerv3_jax.nets.layers import MLP, BlockLinear, Conv, Hidden, Linear, RMSNorm
+from dreamerv3_jax.nets.layers import MLP, BlockLinear, Conv, Hidden, Linear, RMSNorm, to_blocks
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.types import Array
 
@@ -80,9 +80,11 @@ class Decoder(nn.Module):
     def _image(self, deter: Array, stoch: Array) -> Array:
         leading = deter.shape[:-1]
         height, width, channels = self.map_shape
+        deter, stoch = (x.reshape(-1, x.shape[-1]) for x in (deter, stoch))
         # Each block gives a slice of the channels, so the block axis moves behind the map's sides.
-        x = self.from_deter(deter).reshape(-1, self.blocks, height, width, channels // self.blocks)
-        x = x.transpose(0, 2, 3, 1, 4).reshape(-1, height, width, channels)
+        x = self.from_deter(to_blocks(deter, self.blocks))
+        x = x.reshape(self.blocks, -1, height, width, channels // self.blocks)
+        x = x.transpose(1, 2, 3, 0, 4).reshape(-1, height, width, channels)
         x = x + self.from_stoch(self.from_stoch_hidden(stoch)).reshape(-1, height, width, channels)
         x = nn.silu(self.map_norm(x))
         for conv, norm in zip(self.conv, self.norm, strict=True):

@@ -91,22 +91,33 @@ class BlockLinear(nn.Module):
         self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
 
     def __call__(self, x: Array, shared: Array | None = None) -> Array:
-        """Maps `x` -> [..., features].
+        """Maps `x` [G, N, own] block by block -> [G, N, features / G].
 
         Args:
-          x: [..., own], split evenly into the blocks.
-          shared: [..., m], the further input that every block sees whole, so that
-            `own + blocks * m == inputs`; rows of a block's kernel are its slice of `x`, then `shared`.
+          x: [G, N, own], see `to_blocks`. Blocks lead, so that every product and everything elementwise
+            after it runs over contiguous memory.
+          shared: [N, m], the further input that every block sees whole, so that
+            `G * (own + m) == inputs`; the rows of a block's kernel are its slice of `x`, then `shared`.
         """
-        rows = x.shape[-1] // self.blocks
+        own = x.shape[-1]
         kernel = self.kernel.astype(self.dtype)
-        blocks = x.astype(self.dtype).reshape(*x.shape[:-1], self.blocks, rows)
-        out = jnp.einsum('...gi,gio->...go', blocks, kernel[:, :rows])
-        out = out.reshape(*x.shape[:-1], self.features)
-        if shared is not None:
-            dense = kernel[:, rows:].transpose(1, 0, 2).reshape(shared.shape[-1], self.features)
-            out = out + shared.astype(self.dtype) @ dense
-        return out + along_last(self.bias.astype(self.dtype), out)
+        batched = (((2,), (1,)), ((0,), (0,)))
+        out = jax.lax.dot_general(x.astype(self.dtype), kernel[:, :own], batched)
+        bias = self.bias.astype(self.dtype)
+        if shared is None:
+            return out + bias.reshape(self.blocks, 1, -1)
+        dense = kernel[:, own:].transpose(1, 0, 2).reshape(shared.shape[-1], self.features)
+        return out + to_blocks(shared.astype(self.dtype) @ dense + bias[None], self.blocks)
+
+
+def to_blocks(x: Array, blocks: int) -> Array:
+    """[N, D] -> [G, N, D / G]."""
+    return x.reshape(x.shape[0], blocks, -1).transpose(1, 0, 2)
+
+
+def from_blocks(x: Array) -> Array:
+    """Inverse of `to_blocks`: [G, N, D / G] -> [N, D]."""
+    return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
 
 
 class RMSNorm(nn.Module):
@@ -121,9 +132,16 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalises [..., features]; the epsilon 1e-4 stands inside the root."""
+        return self._normalise(x, (-1,), along_last(self.scale, x))
+
+    def over_blocks(self, x: Array) -> Array:
+        """Normalises [G, N, features / G] over all features of each row."""
+        return self._normalise(x, (0, 2), self.scale.reshape(x.shape[0], 1, -1))
+
+    def _normalise(self, x: Array, axes: tuple[int, ...], scale: Array) -> Array:
         x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + RMS_EPSILON)
-        return (x * inverse * along_last(self.scale, x)).astype(self.dtype)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + RMS_EPSILON)
+        return (x * inverse * scale).astype(self.dtype)
 
 
 class Hidden(nn.Module):

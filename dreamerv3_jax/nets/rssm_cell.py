@@ -7,7 +7,7 @@ the recurrence (tokens, actions, priors) can be computed for a whole sequence at
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dreamerv3_jax.nets.layers import MLP, BlockLinear, Hidden, Linear, RMSNorm
+from dreamerv3_jax.nets.layers import MLP, BlockLinear, Hidden, Linear, RMSNorm, from_blocks, to_blocks
 from dreamerv3_jax.types import Array
 
 
@@ -70,20 +70,20 @@ class RSSMCell(nn.Module):
         """Next deterministic state.
 
         Args:
-          deter: [..., D].
-          stoch: [..., S * C].
-          action: [..., U] from `embed_action`.
+          deter: [N, D].
+          stoch: [N, S * C].
+          action: [N, U] from `embed_action`.
 
         Returns:
-          [..., D].
+          [N, D].
         """
         shared = jnp.concatenate([self.deter_in(deter), self.stoch_in(stoch), action], -1)
-        x = nn.silu(self.recurrent_norm(self.recurrent(deter, shared)))
-        gates = self.gates(x).reshape(*x.shape[:-1], self.blocks, 3, self.deter // self.blocks)
-        reset, candidate, update = (gates[..., gate, :].reshape(deter.shape) for gate in range(3))
+        blocks = to_blocks(deter, self.blocks)
+        x = nn.silu(self.recurrent_norm.over_blocks(self.recurrent(blocks, shared)))
+        reset, candidate, update = jnp.split(self.gates(x), 3, -1)
         candidate = jnp.tanh(nn.sigmoid(reset) * candidate)
         update = nn.sigmoid(update - 1)
-        return update * candidate + (1 - update) * deter
+        return from_blocks(update * candidate + (1 - update) * blocks)
 
     def prior(self, deter: Array) -> Array:
         """Logits [..., S, C] float32 of the latent as predicted from `deter` [..., D] alone."""

@@ -1,0 +1,103 @@
+"""Crafter: survival in a two-dimensional world with 22 achievements.
+
+`crafter/reward`, or `crafter/noreward` for agents without a task. At the end of an episode, `info`
+reports under 'log/achievement_<name>' whether each achievement was unlocked, so that the means over
+episodes are the success rates, and under 'log/achievements' how many were.
+"""
+
+import collections
+from typing import Any
+
+import crafter
+import gymnasium
+import numpy as np
+
+from dreamerv3_jax.envs.stream import ActionRepeat
+from dreamerv3_jax.errors import UserError
+
+
+def make(
+    name: str,
+    *,
+    repeat: int,
+    image_size: int = 0,
+    render_mode: str | None = None,
+    length: int = 10000,
+) -> gymnasium.Env:
+    """Returns the environment.
+
+    Args:
+      name: 'reward' or 'noreward'.
+      repeat: steps for which an action is held.
+      image_size: side of the square picture; 0 for 64.
+      render_mode: None or 'rgb_array'.
+      length: steps after which an episode is cut.
+
+    Raises:
+      UserError: the name is another one.
+    """
+    if name not in ('reward', 'noreward'):
+        raise UserError(f'Crafter comes as crafter/reward and crafter/noreward, not {name!r}.')
+    env = Crafter(reward=name == 'reward', image_size=image_size or 64, length=length)
+    env.render_mode = render_mode
+    return ActionRepeat(env, repeat) if repeat > 1 else env
+
+
+class Crafter(gymnasium.Env):
+    """Crafter behind gymnasium's interface; `length` 10000 is the benchmark's."""
+
+    metadata = {'render_modes': ['rgb_array'], 'render_fps': 10}
+
+    def __init__(self, *, reward: bool, image_size: int, length: int) -> None:
+        self._options = dict(size=(image_size, image_size), reward=reward, length=length)
+        self._env: Any = None
+        shape = (image_size, image_size, 3)
+        self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+        self.action_space = gymnasium.spaces.Discrete(len(crafter.constants.actions))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Creates a new world."""
+        super().reset(seed=seed)
+        if self._env is None or seed is not None:
+            self._env = crafter.Env(seed=int(self.np_random.integers(2**31 - 1)), **self._options)
+            self._env._world.__class__ = _ReproducibleWorld
+        return self._env.reset(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Takes one step; death terminates the episode, the time limit cuts it."""
+        observation, reward, over, info = self._env.step(int(action))
+        terminated = info['discount'] == 0
+        logs: dict[str, Any] = {}
+        if over:
+            unlocked = {name: count > 0 for name, count in info['achievements'].items()}
+            logs = {f'log/achievement_{name}': float(done) for name, done in unlocked.items()}
+            logs['log/achievements'] = float(sum(unlocked.values()))
+        return observation, reward, terminated, bool(over and not terminated), logs
+
+    def render(self) -> np.ndarray:
+        """Returns a picture larger than the one that is observed."""
+        return self._env.render(np.array([256, 256]))
+
+
+class _OrderedSet(dict):
+    """The part of `set` that Crafter uses, in order of insertion."""
+
+    def add(self, item: Any) -> None:
+        self[item] = None
+
+    def remove(self, item: Any) -> None:
+        del self[item]
+
+
+class _ReproducibleWorld(crafter.engine.World):
+    """A world whose creatures appear in the same order in every process.
+
+    Crafter keeps them in sets, whose order depends on where objects lie in memory, and draws random
+    numbers to choose among them.
+    """
+
+    def reset(self, seed: int | None = None) -> None:
+        super().reset(seed)
+        self._chunks: Any = collections.defaultdict(_OrderedSet)

@@ -1,0 +1,139 @@
+"""The DeepMind Control Suite.
+
+`dmc/<domain>_<task>`, for example `dmc/walker_walk` or `dmc/ball_in_cup_catch`. Observes what the
+task gives out, or with `vision=True` only the picture of a camera.
+"""
+
+import ctypes.util
+import difflib
+import os
+import sys
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from dreamerv3_jax.errors import UserError
+
+if sys.platform == 'linux' and 'MUJOCO_GL' not in os.environ and not os.environ.get('DISPLAY'):
+    # dm_control chooses how to draw when it is imported, and would look for a display first.
+    _libraries = {'egl': 'EGL', 'osmesa': 'OSMesa'}
+    _found = [name for name, library in _libraries.items() if ctypes.util.find_library(library)]
+    os.environ['MUJOCO_GL'] = _found[0] if _found else 'disabled'
+
+from dm_control import suite  # noqa: E402
+
+_CAMERAS = {'quadruped': 2}  # the others show their task best from camera 0
+
+
+def make(
+    name: str,
+    *,
+    repeat: int,
+    image_size: int = 0,
+    render_mode: str | None = None,
+    vision: bool = False,
+    camera: int = -1,
+) -> gymnasium.Env:
+    """Returns the environment of a task.
+
+    Args:
+      name: domain and task, joined with '_'.
+      repeat: control steps for which an action is held.
+      image_size: side of the square picture; 0 for 64.
+      render_mode: None or 'rgb_array'.
+      vision: observe the picture 'image' instead of the task's vectors.
+      camera: number of the camera; -1 for the usual one of the domain.
+
+    Raises:
+      UserError: there is no such task, or pictures are asked for and cannot be drawn.
+    """
+    tasks = {f'{domain}_{task}': (domain, task) for domain, task in suite.ALL_TASKS}
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, n=3)
+        hint = f'did you mean {" or ".join(near)}?' if near else 'names are <domain>_<task>.'
+        raise UserError(f'There is no control task {name!r}; {hint}')
+    if (vision or render_mode) and os.environ.get('MUJOCO_GL') in ('disabled', 'off', 'false', '0'):
+        raise UserError(
+            'Pictures of MuJoCo need an OpenGL library; install libegl1 or libosmesa6, and set '
+            'MUJOCO_GL to egl or osmesa.'
+        )
+    domain, task = tasks[name]
+    return ControlTask(
+        domain,
+        task,
+        repeat=repeat,
+        image_size=(image_size or 64) if vision else 0,
+        camera=camera if camera >= 0 else _CAMERAS.get(domain, 0),
+        render_mode=render_mode,
+    )
+
+
+class ControlTask(gymnasium.Env):
+    """A task of the suite; `image_size` 0 observes its vectors."""
+
+    metadata = {'render_modes': ['rgb_array'], 'render_fps': 40}
+
+    def __init__(
+        self,
+        domain: str,
+        task: str,
+        *,
+        repeat: int,
+        image_size: int,
+        camera: int,
+        render_mode: str | None,
+    ) -> None:
+        self.render_mode = render_mode
+        self._repeat = repeat
+        self._image_size = image_size
+        self._camera = camera
+        self._env: Any = suite.load(domain, task)
+        action = self._env.action_spec()
+        self.action_space = gymnasium.spaces.Box(
+            action.minimum, action.maximum, action.shape, action.dtype
+        )
+        parts: dict[str, gymnasium.Space] = {
+            name: gymnasium.spaces.Box(-np.inf, np.inf, spec.shape or (1,), np.float64)
+            for name, spec in self._env.observation_spec().items()
+        }
+        if image_size:
+            shape = (image_size, image_size, 3)
+            parts = {'image': gymnasium.spaces.Box(0, 255, shape, np.uint8)}
+        self.observation_space = gymnasium.spaces.Dict(parts)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Starts an episode."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        return self._observation(self._env.reset()), {}
+
+    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Holds the action for `repeat` control steps or until the episode ends."""
+        reward = 0.0
+        for _ in range(self._repeat):
+            time_step = self._env.step(action)
+            reward += float(time_step.reward)
+            if time_step.last():
+                break
+        # The suite's time limits come with discount 1: life would go on.
+        terminated = time_step.last() and time_step.discount == 0
+        truncated = time_step.last() and not terminated
+        return self._observation(time_step), reward, terminated, truncated, {}
+
+    def render(self) -> np.ndarray:
+        """Returns a picture larger than the one that is observed."""
+        return self._env.physics.render(240, 320, camera_id=self._camera)
+
+    def close(self) -> None:
+        """Frees the simulation and what draws it."""
+        self._env.close()
+
+    def _observation(self, time_step: Any) -> dict[str, np.ndarray]:
+        if self._image_size:
+            side = self._image_size
+            return {'image': self._env.physics.render(side, side, camera_id=self._camera)}
+        return {name: np.atleast_1d(value) for name, value in time_step.observation.items()}

@@ -1,0 +1,328 @@
+"""The command line: what it accepts, and one helpful sentence for what it does not."""
+
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dreamerv3_jax
+from dreamerv3_jax import cli
+from dreamerv3_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Runs every test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Replaces the evaluation; returns the list of (folder, options) that it was called with."""
+    calls = []
+
+    def evaluate(logdir, **options):
+        calls.append((logdir, options))
+        return {'mean': 3.0, 'ci95': 0.5, 'returns': np.array([2.0, 4.0]), 'lengths': [10, 20]}
+
+    module = types.ModuleType('dreamerv3_jax.evaluation')
+    module.evaluate = evaluate
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(dreamerv3_jax, 'evaluation', module, raising=False)
+    return calls
+
+
+def write(name, text):
+    Path(name).write_text(textwrap.dedent(text))
+
+
+def configured(trained, *arguments):
+    """Returns the settings that `train` starts with."""
+    assert cli.main(['train', '--config=quickstart', *arguments]) == 0
+    config, _, _ = trained.pop()
+    return config
+
+
+def mistake(capsys, *arguments):
+    """Returns the one sentence that the command line answers with."""
+    before = sorted(Path.cwd().rglob('*'))
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert captured.err.startswith('dreamerv3-jax: ') and captured.err.count('\n') == 1
+    assert captured.err.rstrip()[-1] in '.?' and 'Traceback' not in captured.err
+    assert sorted(Path.cwd().rglob('*')) == before
+    return captured.err.removeprefix('dreamerv3-jax: ').rstrip()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        # Commands.
+        ('', 'Give a command: train, evaluate, presets.'),
+        ('--config=quickstart', 'Give a command, before --config=quickstart'),
+        ('trian --config=quickstart', "no command 'trian'; did you mean 'train'?"),
+        ('xyz', 'choose one of train, evaluate, presets.'),
+        # Options.
+        ('train', 'Choose a preset, as in --config=quickstart'),
+        ('train --config', '--config expected one argument.'),
+        ('train --confg=quickstart', "no option --confg; did you mean '--config'?"),
+        ('train --config=quickstart --seed=3', 'no option --seed'),
+        ('train --config=quickstart -config.seed=3', "did you mean '--config'?"),
+        ('train quickstart', "'quickstart' is one argument too many"),
+        ('presets all', "'all' is one argument too many"),
+        # Presets, files, sizes.
+        ('train --config=quickstrat', "no preset 'quickstrat'; did you mean 'quickstart'?"),
+        ('train --config=base', "There is no preset 'base'"),
+        ('train --config=quickstart:size12', "no size 'size12'; did you mean 'size12m'?"),
+        ('train --config=quickstart: --config.size=nanoo', "did you mean 'nano'?"),
+        ('train --config=mine.py', 'There is no file mine.py'),
+        # Keys.
+        ('train --config=quickstart --config.sed=1', 'did you mean config.seed?'),
+        ('train --config=quickstart --config.batch_size=1', 'config.replay.batch_size?'),
+        ('train --config=quickstart --config.replay.batchsize=1', 'config.replay.batch_size?'),
+        ('train --config=quickstart --config.agnt.deter=1', 'config.agent.deter?'),
+        ('train --config=quickstart --config.qqqqqqqq=1', 'configs/base.py lists them all.'),
+        ('train --config=quickstart --config.replay=1', 'config.replay is a group of settings'),
+        ('train --config=quickstart --config.env.kwargs=1', '--config.env.kwargs.NAME='),
+        ('train --config=quickstart --config.env.kwargs.a-b=1', 'does not name an argument'),
+        ('train --config=quickstart --config.env.kwargs.a={"b.c":1}', 'cannot be set to'),
+        # Types and values.
+        ('train --config=quickstart --config.seed=one', "takes a whole number, not 'one'."),
+        ('train --config=quickstart --config.seed=1.5', "takes a whole number, not '1.5'."),
+        ('train --config=quickstart --config.seed=1.5e0', "takes a whole number, not '1.5e0'."),
+        ('train --config=quickstart --config.seed=1e999', "takes a whole number, not '1e999'."),
+        ('train --config=quickstart --config.seed', '--config.seed needs a value'),
+        ('train --config=quickstart --config.env.kwargs.a', 'needs a value'),
+        ('train --config=quickstart --config.replay.online=maybe', 'takes true or false'),
+        ('train --config=quickstart --config.replay.train_ratio=x', "takes a number, not 'x'."),
+        ('train --config=quickstart --config.run.steps=-1', 'must be at least 1, not -1.'),
+        ('train --config=quickstart --config.run.steps -1', 'must be at least 1, not -1.'),
+        ('train --config=quickstart --config.env.vectorization=asink', "mean 'async'?"),
+        ('train --config=quickstart --config.agent.deter=100', 'multiples of agent.blocks'),
+        ('train --config=gymnasium', 'Name the environment'),
+        # Evaluation.
+        ('evaluate', 'Name the run folder'),
+        ('evaluate rnu', 'There is no run folder rnu; did you mean run?'),
+        ('evaluate run/deeper', 'There is no run folder run/deeper.'),
+        ('evaluate run more', "'more' is one argument too many"),
+        ('evaluate run --logdir=run', 'Give the run folder once'),
+        ('evaluate run --epsiodes=3', "no option --epsiodes; did you mean '--episodes'?"),
+        ('evaluate run --episodes=few', "--episodes takes a whole number, not 'few'."),
+        ('evaluate run --episodes=0', '--episodes must be at least 1'),
+        ('evaluate run --seed=-1', '--seed must be at least 0'),
+        ('evaluate run --video=film.avi', '--video must end with .mp4 or .gif'),
+    ],
+)
+def test_mistakes(arguments, words, capsys, folder, trained, evaluated):
+    (folder / 'run').mkdir()
+    assert words in mistake(capsys, *arguments.split())
+    assert not trained and not evaluated
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('x = 1', 'mine.py must define get_config().'),
+        ('def get_config(: pass', 'mine.py failed: SyntaxError'),
+        ('import no_such_module', 'mine.py failed: ModuleNotFoundError'),
+        ('def get_config(): return {}', 'must return an ml_collections.ConfigDict'),
+        ('def get_config(): return 1 / 0', 'failed: ZeroDivisionError: division by zero.'),
+    ],
+)
+def test_mistakes_in_files(text, words, capsys, trained):
+    write('mine.py', text)
+    assert words in mistake(capsys, 'train', '--config=mine.py')
+    assert not trained
+
+
+def test_mistakes_about_paths(capsys, folder, trained):
+    write('quick.py', 'def get_config(): pass')
+    assert 'did you mean quick.py?' in mistake(capsys, 'train', '--config=quik.py')
+    assert 'takes no size' in mistake(capsys, 'train', '--config=quick.py:nano')
+    (folder / 'a.py').mkdir()
+    assert 'a.py cannot be read' in mistake(capsys, 'train', '--config=a.py')
+    arguments = ('train', '--config=quickstart', '--config.logdir=quick.py')
+    assert 'quick.py is a file' in mistake(capsys, *arguments)
+
+
+def test_mistakes_found_later_have_the_same_form(capsys, monkeypatch, trained):
+    def train(config, logdir, preset):
+        raise UserError('There is no environment\n  X.')
+
+    monkeypatch.setattr(dreamerv3_jax.loop, 'train', train)
+    assert mistake(capsys, 'train', '--config=quickstart') == 'There is no environment X.'
+
+
+def test_interruption_has_its_own_exit_code(capsys, monkeypatch, trained):
+    def train(config, logdir, preset):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dreamerv3_jax.loop, 'train', train)
+    assert cli.main(['train', '--config=quickstart']) == 130
+    assert 'Traceback' not in capsys.readouterr().err
+
+
+def test_train_starts_the_loop(trained):
+    assert cli.main(['train', '--config=quickstart']) == 0
+    config, logdir, preset = trained.pop()
+    assert config.env.id == 'CartPole-v1'
+    assert logdir == Path('runs/quickstart-CartPole-v1-nano-seed0')
+    assert preset == 'quickstart'
+    assert not logdir.exists()
+
+
+def test_config_may_stand_anywhere(trained):
+    first = ['train', '--config.seed=3', '--config=gymnasium:nano', '--config.env.id=X-v0']
+    second = 'train --config gymnasium:nano --config.env.id X-v0 --config.seed 3'.split()
+    third = ['train', '--config.size=nano', *second[3:], '--config=gymnasium']
+    for arguments in (first, second, third):
+        assert cli.main(arguments) == 0
+    assert trained[0] == trained[1] == trained[2]
+    config, logdir, _ = trained[0]
+    assert (config.seed, config.size, config.agent.units) == (3, 'nano', 32)
+    assert logdir == Path('runs/gymnasium-X-v0-nano-seed3')
+
+
+def test_values_take_the_type_of_their_field(trained):
+    config = configured(
+        trained,
+        '--config.run.steps=1e6',
+        '--config.replay.capacity=5_000',
+        '--config.replay.train_ratio=64',
+        '--config.agent.learning_rate=1e-4',
+        '--config.replay.online=false',
+        '--config.replay.on_disk',
+        '--config.logdir=10',
+        '--config.seed=1',
+        '--config.seed=2',  # the last one counts
+    )
+    assert config.run.steps == 1_000_000 and type(config.run.steps) is int
+    assert config.replay.capacity == 5000
+    assert config.replay.train_ratio == 64.0 and type(config.replay.train_ratio) is float
+    assert config.agent.learning_rate == 1e-4
+    assert config.replay.online is False and config.replay.on_disk is True
+    assert config.logdir == '10'
+    assert config.seed == 2
+
+
+def test_environment_arguments_are_literals_or_text(trained):
+    config = configured(
+        trained,
+        '--config.env.kwargs.level=3',
+        '--config.env.kwargs.hard=true',
+        '--config.env.kwargs.soft=False',
+        '--config.env.kwargs.name=three words',
+        '--config.env.kwargs.rate=1e-3',
+        '--config.env.kwargs.nothing=None',
+        '--config.env.kwargs.options={"a": [1, 2]}',
+        '--config.env.kwargs.options={"a": {1: 2}}',
+        '--config.env.kwargs.level=4',
+    )
+    assert config.env.kwargs.to_dict() == {
+        'level': 4,
+        'hard': True,
+        'soft': False,
+        'name': 'three words',
+        'rate': 1e-3,
+        'nothing': None,
+        'options': {'a': {1: 2}},
+    }
+
+
+def test_environment_arguments_of_a_preset_keep_their_type(trained, capsys):
+    assert cli.main(['train', '--config=atari', '--config.env.kwargs.gray=0']) == 0
+    assert trained.pop()[0].env.kwargs.gray is False
+    words = mistake(capsys, 'train', '--config=atari', '--config.env.kwargs.gray=no way')
+    assert words == "--config.env.kwargs.gray takes true or false, not 'no way'."
+
+
+def test_file_of_the_user(trained, folder):
+    write(
+        'mine.py',
+        """
+        from dreamerv3_jax.configs import quickstart
+
+        def get_config(size='micro'):
+            config = quickstart.get_config(size)
+            config.seed = 7
+            return config
+        """,
+    )
+    sizes = {'mine.py': 'micro', './mine.py:nano': 'nano', f'{folder}/mine.py': 'micro'}
+    for spec, size in sizes.items():
+        assert cli.main(['train', f'--config={spec}']) == 0
+        config, logdir, preset = trained.pop()
+        assert (config.seed, config.size, preset) == (7, size, 'mine')
+        assert logdir == Path(f'runs/mine-CartPole-v1-{size}-seed7')
+    assert [path.name for path in folder.iterdir()] == ['mine.py']
+
+
+def test_evaluate_prints_the_score(evaluated, capsys, folder):
+    (folder / 'run').mkdir()
+    assert cli.main(['evaluate', 'run']) == 0
+    options = '--episodes=2 --seed=5 --video=a.mp4 --sample'.split()
+    assert cli.main(['evaluate', '--logdir=run', *options]) == 0
+    assert evaluated[0] == (
+        Path('run'),
+        {'episodes': 20, 'seed': 0, 'video': None, 'sample': False},
+    )
+    assert evaluated[1] == (
+        Path('run'),
+        {'episodes': 2, 'seed': 5, 'video': Path('a.mp4'), 'sample': True},
+    )
+    assert capsys.readouterr().out.splitlines()[0] == (
+        'mean return 3.00 ± 0.50 (95% confidence interval, 2 episodes, mean length 15.0)'
+    )
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        ('--help', 'presets    list the configurations'),
+        ('-h', 'dreamerv3-jax train --config=quickstart'),
+        ('train --help', '--config.env.kwargs.NAME=VALUE'),
+        ('train --config=nonsense --help', 'sizes:'),
+        ('evaluate --help', '--episodes=20'),
+        ('presets --help', 'Lists the presets'),
+        ('--version', 'dreamerv3-jax 0.1.0'),
+        ('presets', 'CartPole-v1 on a laptop'),
+    ],
+)
+def test_help(arguments, words, capsys):
+    assert cli.main(arguments.split()) == 0
+    captured = capsys.readouterr()
+    assert words in captured.out and captured.err == ''
+    assert max(map(len, captured.out.splitlines())) <= 120
+
+
+def test_process():
+    # The module and the installed command, without jax: neither is ever imported for these.
+    code = (
+        'import sys; from dreamerv3_jax import cli\n'
+        'cli.main(sys.argv[1:]); print("jax" in sys.modules)'
+    )
+    command = Path(sys.executable).with_name('dreamerv3-jax')
+    for start, last in (
+        ([sys.executable, '-m', 'dreamerv3_jax'], 'python '),
+        ([sys.executable, '-c', code], 'False'),
+        ([str(command)], 'python '),
+    ):
+        result = subprocess.run([*start, '--version'], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0 and result.stderr == ''
+        assert result.stdout.splitlines()[-1].startswith(last)
+    result = subprocess.run(
+        [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstrat'],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "dreamerv3-jax: There is no preset 'quickstrat'; did you mean 'quickstart'?"
+    ]

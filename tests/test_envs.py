@@ -1,0 +1,476 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import ml_collections
+import numpy as np
+import pytest
+import toy_envs
+
+from dreamerv3_jax import envs
+from dreamerv3_jax.envs import processes, registry
+from dreamerv3_jax.envs.native import Native
+from dreamerv3_jax.envs.processes import Processes
+from dreamerv3_jax.envs.vector import InProcess
+from dreamerv3_jax.errors import UserError
+
+COUNTER = 'toy_envs:Counter'
+
+
+def make(env_id=COUNTER, seed=0, render=False, **changes):
+    settings = dict(
+        id=env_id,
+        kwargs={},
+        num_envs=2,
+        repeat=1,
+        image_size=0,
+        vectorization='sync',
+        autoreset='next_step',
+    )
+    return envs.make(ml_collections.ConfigDict({**settings, **changes}), seed, render=render)
+
+
+def draw(rng, count):
+    return {'action': rng.integers(0, 3, (count, 1)).astype(np.int32)}
+
+
+def stream_of(env, ticks, seed=1):
+    """Plays with random actions; returns what each stream saw, and the action it was given for it.
+
+    An element is (count, observed action, reward, first, last, terminal, action chosen next).
+    """
+    rng = np.random.default_rng(seed)
+    streams = [[] for _ in range(env.num_envs)]
+
+    def append(records, row, stream, action):
+        observation = records.observation
+        streams[stream].append(
+            (
+                *observation['count'][row].tolist(),
+                *observation['action'][row].tolist(),
+                *(float(values[row]) for values in records[1:]),
+                action,
+            )
+        )
+
+    records = env.reset()
+    for _ in range(ticks):
+        actions = draw(rng, env.num_envs)
+        for stream in range(env.num_envs):
+            append(records, stream, stream, int(actions['action'][stream, 0]))
+        records, finals = env.step(actions)
+        if finals is not None:
+            for row, stream in enumerate(finals.streams):
+                append(finals.records, row, stream, None)
+    return streams
+
+
+def hand_stepped(end, seeds, ticks, same_step, seed=1):
+    """The same as `stream_of`, from plain gymnasium environments and no vectorisation."""
+    rng = np.random.default_rng(seed)
+    toys = [toy_envs.Counter(end=end) for _ in seeds]
+    streams = []
+    seen = []
+    for toy, own_seed in zip(toys, seeds, strict=True):
+        observation, _ = toy.reset(seed=own_seed)
+        seen.append((observation, 0.0, True, False, False))
+        streams.append([])
+    for _ in range(ticks):
+        actions = draw(rng, len(seeds))['action'][:, 0].tolist()
+        for number, (toy, action) in enumerate(zip(toys, actions, strict=True)):
+            observation, *rest = seen[number]
+            element = (*observation['count'], observation['action'], *map(float, rest))
+            streams[number].append((*element, action))
+            if rest[2]:
+                seen[number] = (toy.reset()[0], 0.0, True, False, False)
+                continue
+            observation, reward, terminated, truncated, _ = toy.step(action)
+            seen[number] = (observation, reward, False, terminated or truncated, terminated)
+            if same_step and (terminated or truncated):
+                flags = (reward, False, True, terminated)
+                element = (*observation['count'], observation['action'], *map(float, flags))
+                streams[number].append((*element, None))
+                seen[number] = (toy.reset()[0], 0.0, True, False, False)
+    return streams
+
+
+def seeds_of(env):
+    """Reads the seeds that the streams of an in-process environment are about to use."""
+    return [stream._seed for stream in env._streams]
+
+
+@pytest.mark.parametrize('end', ['terminated', 'truncated'])
+@pytest.mark.parametrize('autoreset', ['next_step', 'same_step'])
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_streams_equal_hand_stepped_environments(end, autoreset, vectorization):
+    with make() as env:
+        seeds = seeds_of(env)
+    expected = hand_stepped(end, seeds, 40, autoreset == 'same_step')
+    with make(
+        kwargs={'end': end}, autoreset=autoreset, vectorization=vectorization, num_envs=2
+    ) as env:
+        assert stream_of(env, 40) == expected
+    terminal = [element[6] for stream in expected for element in stream]
+    last = [element[5] for stream in expected for element in stream]
+    assert sum(last) > 10
+    assert terminal == (last if end == 'terminated' else [0.0] * len(last))
+
+
+@pytest.mark.parametrize('mode', ['NextStep', 'SameStep'])
+@pytest.mark.parametrize('end', ['terminated', 'truncated'])
+def test_native_streams_equal_hand_stepped_environments(mode, end):
+    env = make(
+        'ToyCounter-v0', vectorization='native', kwargs={'autoreset': mode, 'end': end}, num_envs=3
+    )
+    assert isinstance(env, Native)
+    first = env._seed
+    expected = hand_stepped(end, range(first, first + 3), 40, mode == 'SameStep')
+    assert stream_of(env, 40) == expected
+    env.close()
+
+
+def test_native_needs_resets_and_no_repeat():
+    with pytest.raises(UserError, match='does not reset itself'):
+        make('ToyCounter-v0', vectorization='native', kwargs={'autoreset': 'Disabled'})
+    with pytest.raises(UserError, match=r'env.repeat=1'):
+        make('ToyCounter-v0', vectorization='native', repeat=2)
+    with pytest.raises(UserError, match='vector entry point'):
+        make('Acrobot-v1', vectorization='native')
+
+
+def test_native_cartpole_learns_of_its_time_limit():
+    env = make('CartPole-v1', vectorization='native', kwargs={'max_episode_steps': 4})
+    env.reset()
+    flags = []
+    for _ in range(6):
+        records, finals = env.step({'action': np.array([[0], [1]], np.int32)})
+        assert finals is None
+        flags.append([*map(bool, (values[0] for values in records[2:])), float(records.reward[0])])
+    step, last, first = [0, 0, 0, 1], [0, 1, 0, 1], [1, 0, 0, 0]
+    assert flags == [step, step, step, last, first, step]
+    env.close()
+
+
+def test_specs():
+    with make() as env:
+        assert env.num_envs == 2
+        assert [spec.kind for spec in env.observation_specs.values()] == ['discrete', 'continuous']
+        assert list(env.observation_specs) == ['action', 'count']
+        assert env.action_specs['action'].classes == (3,)
+        records = env.reset()
+    dtypes = [values.dtype for values in (*records.observation.values(), *records[1:])]
+    assert dtypes == [np.int32, np.float32, np.float32, bool, bool, bool]
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_records_are_not_overwritten(vectorization):
+    with make(vectorization=vectorization, kwargs={'length': 9}) as env:
+        first = env.reset()
+        second, _ = env.step({'action': np.ones((2, 1), np.int32)})
+        env.step({'action': np.ones((2, 1), np.int32)})
+    assert first.observation['count'][:, 1].tolist() == [0, 0]
+    assert first.is_first.all()
+    assert second.observation['count'][:, 1].tolist() == [1, 1]
+    assert second.reward.tolist() == [11, 11]
+
+
+def test_final_observation_survives_an_environment_that_reuses_its_array():
+    class Reuser(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-9, 9, (1,))
+        action_space = gymnasium.spaces.Discrete(2)
+        array = np.zeros(1, np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            self.array[:] = 0
+            return self.array, {}
+
+        def step(self, action):
+            self.array += 1
+            return self.array, 1.0, True, False, {}
+
+    toy_envs.Reuser = Reuser
+    with make('toy_envs:Reuser', autoreset='same_step') as env:
+        env.reset()
+        records, finals = env.step({'action': np.zeros((2, 1), np.int32)})
+    assert records.observation['observation'].tolist() == [[0], [0]]
+    assert finals.records.observation['observation'].tolist() == [[1], [1]]
+    assert finals.streams.tolist() == [0, 1]
+    assert finals.records.is_terminal.all()
+
+
+def test_repeat_is_counted_exactly_and_ends_with_the_episode():
+    # Five frames, two per step: 10+1 and 20+1, 30+2 and 40+2, then 50+0 alone.
+    with make(kwargs={'length': 5}, repeat=2, num_envs=1) as env:
+        env.reset()
+        seen = []
+        for action in (1, 2, 0, 0, 1):
+            records, _ = env.step({'action': np.array([[action]], np.int32)})
+            count = records.observation['count'][0, 1]
+            seen.append((count, records.reward[0], records.is_first[0], records.is_last[0]))
+        toy = env._streams[0]._env.unwrapped
+    assert seen == [(2, 32, 0, 0), (4, 74, 0, 0), (5, 50, 0, 1), (0, 0, 1, 0), (2, 32, 0, 0)]
+    assert toy.frames == 7
+
+
+def test_seeds():
+    def play(seed, **changes):
+        with make(seed=seed, **changes) as env:
+            return stream_of(env, 30)
+
+    assert play(3) == play(3) == play(3, vectorization='async')
+    assert play(3) != play(4)
+    first, second = play(3, num_envs=2)
+    assert [element[:2] for element in first] != [element[:2] for element in second]
+    assert play(3, num_envs=5)[:1] != play(4, num_envs=5)[:1]
+    with make(num_envs=50) as env:
+        assert len(set(seeds_of(env))) == 50
+
+
+def test_logs_are_means_over_episodes():
+    with make(kwargs={'length': 2}) as env:
+        env.reset()
+        for _ in range(5):  # two ticks and a reset, then the second episode
+            env.step({'action': np.zeros((2, 1), np.int32)})
+        assert env.pop_logs() == {'length': 2.0, 'episode': 1.5}
+        assert env.pop_logs() == {}
+    with make(kwargs={'length': 1}, autoreset='same_step', vectorization='async') as env:
+        env.reset()
+        env.step({'action': np.zeros((2, 1), np.int32)})
+        assert env.pop_logs() == {'length': 1.0, 'episode': 1.0}
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_render(vectorization):
+    with make(vectorization=vectorization, render=True, kwargs={'length': 9}) as env:
+        env.reset()
+        env.step({'action': np.zeros((2, 1), np.int32)})
+        assert (env.render() == np.ones((4, 6, 3), np.uint8)).all()
+    with make(vectorization=vectorization) as env:
+        env.reset()
+        assert env.render() is None
+    with make('toy_envs:Camera', render=True) as env:  # cannot draw, and has no such argument
+        env.reset()
+        assert env.render() is None
+
+
+def test_auto_puts_images_into_processes():
+    for env_id, num_envs, kind in [
+        ('CartPole-v1', 2, InProcess),
+        ('toy_envs:Camera', 2, Processes),
+        ('toy_envs:Camera', 1, InProcess),
+    ]:
+        with make(env_id, num_envs=num_envs, vectorization='auto') as env:
+            assert type(env) is kind
+            assert env.reset().is_first.all()
+            assert env.reset().is_first.size == num_envs
+
+
+def test_images_and_actions_pass_through_processes():
+    with make('toy_envs:Camera', vectorization='async', num_envs=3, image_size=48) as env:
+        assert env.observation_specs['observation'].shape == (48, 48, 3)
+        assert 'resized' in env.messages[0]
+        assert not env.reset().observation['observation'].any()
+        actions = np.array([[1, 1], [0.5, -1], [-9, 0]], np.float32)
+        records, _ = env.step({'action': actions})
+    assert (records.observation['observation'] == 7).all()
+    assert records.reward.tolist() == [4, -1, -2]
+
+
+def test_modules_of_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / 'my_robot.py').write_text(
+        'import gymnasium, toy_envs\n'
+        'def robot(length): return toy_envs.Counter(length=length)\n'
+        "gymnasium.register('MyRobot-v0', entry_point=robot, kwargs={'length': 1})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    for env_id in ('my_robot:robot', 'my_robot:MyRobot-v0'):
+        for vectorization in ('sync', 'async'):
+            with make(env_id, vectorization=vectorization, kwargs={'length': 3}) as env:
+                env.reset()
+                last = [env.step(draw(np.random.default_rng(0), 2))[0].is_last for _ in range(3)]
+            assert np.array(last)[:, 0].tolist() == [False, False, True]
+
+
+def test_script_without_main_guard(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import ml_collections\n'
+        'from dreamerv3_jax import envs\n'
+        'print("once")\n'
+        'config = ml_collections.ConfigDict(dict(id="CartPole-v1", kwargs={}, num_envs=2, repeat=1,\n'
+        '    image_size=0, vectorization="async", autoreset="next_step"))\n'
+        'env = envs.make(config, 0)\n'
+        'print(env.reset().is_first.all())\n'
+    )  # and without close
+    root = str(Path(__file__).parent.parent)
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, 'PYTHONPATH': root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout == 'once\nTrue\n', result.stderr
+    assert result.stderr == ''
+
+
+def test_workers_end_on_close():
+    shared = Path('/dev/shm')
+    before = set(shared.glob('dreamerv3-*')) if shared.exists() else set()
+    env = make(vectorization='async')
+    workers = list(env._workers)
+    assert all(worker.is_alive() for worker in workers)
+    env.reset()
+    env.close()
+    env.close()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert not shared.exists() or set(shared.glob('dreamerv3-*')) == before
+
+
+def test_workers_end_with_their_parent():
+    code = (
+        'import os, test_envs\n'
+        'env = test_envs.make(vectorization="async")\n'
+        'print(*[worker.pid for worker in env._workers], flush=True)\n'
+        'os._exit(1)\n'
+    )
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), str(root / 'tests')])
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        env={**os.environ, 'PYTHONPATH': path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    pids = [int(pid) for pid in result.stdout.split()]
+    assert len(pids) == 2, result.stderr
+    deadline = time.monotonic() + 10
+    while any(Path(f'/proc/{pid}/cmdline').exists() and _runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, 'a worker outlives its parent'
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        return b'multiprocessing' in Path(f'/proc/{pid}/cmdline').read_bytes()
+    except OSError:
+        return False
+
+
+def test_workers_keep_off_the_accelerator_and_ignore_interrupts(monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+    with make(vectorization='async') as env:
+        assert os.environ['JAX_PLATFORMS'] == 'tpu'
+        assert 'OMP_NUM_THREADS' not in os.environ or os.environ['OMP_NUM_THREADS'] != '1'
+        pid = env._workers[0].pid
+        variables = Path(f'/proc/{pid}/environ').read_bytes().split(b'\0')
+        assert b'JAX_PLATFORMS=cpu' in variables
+        assert b'OMP_NUM_THREADS=1' in variables
+        os.kill(pid, signal.SIGINT)
+        assert env.reset().is_first.all()
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_failing_environment_gives_one_sentence(vectorization):
+    env = make(vectorization=vectorization, kwargs={'length': 5, 'fail_at': 2})
+    env.reset()
+    env.step({'action': np.zeros((2, 1), np.int32)})
+    with pytest.raises(UserError) as caught:
+        env.step({'action': np.zeros((2, 1), np.int32)})
+    message = str(caught.value)
+    assert 'Environment 0 of toy_envs:Counter failed: ValueError: the robot fell over' in message
+    assert 'toy_envs.py, line' in message
+    assert '\n' not in message
+    env.close()
+
+
+def test_async_failure_keeps_the_traceback():
+    with make(vectorization='async', kwargs={'length': 5, 'fail_at': 1}) as env:
+        env.reset()
+        with pytest.raises(UserError) as caught:
+            env.step({'action': np.zeros((2, 1), np.int32)})
+    assert 'in step' in caught.value.__notes__[0]
+    assert env._workers == []
+
+
+def test_dying_worker():
+    env = make(vectorization='async', kwargs={'length': 5, 'fail_at': 1, 'failure': 'exit'})
+    env.reset()
+    with pytest.raises(UserError, match=r'environment 0 of toy_envs:Counter died with exit code 7'):
+        env.step({'action': np.zeros((2, 1), np.int32)})
+
+
+def test_stuck_worker_is_killed(monkeypatch):
+    monkeypatch.setattr(processes, '_SHUTDOWN_SECONDS', 0.2)
+    env = make(vectorization='async', num_envs=1)
+    worker = env._workers[0]
+    os.kill(worker.pid, signal.SIGSTOP)
+    env.close()
+    assert worker.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_numbers_that_are_not_finite(vectorization):
+    with make(vectorization=vectorization, kwargs={'length': 9, 'nan_at': 1}) as env:
+        env.reset()
+        with pytest.raises(UserError, match="observation 'count' that is not finite"):
+            env.step({'action': np.zeros((2, 1), np.int32)})
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+@pytest.mark.parametrize(
+    ('env_id', 'kwargs', 'message'),
+    [
+        ('CartPol-v1', {}, 'There is no environment .* Did you mean .*CartPole-v1'),
+        ('dmcontrol/walker_walk', {}, 'There is no environment .* dmc/walker_walk'),
+        ('toy_envs:Countre', {}, 'no function .Countre.'),
+        ('toy_envs:Nothing-v0', {}, 'There is no environment'),
+        ('no_such_module:thing', {}, 'No module named .no_such_module'),
+        ('toy_envs:fails', {}, 'RuntimeError: no such robot'),
+        ('toy_envs:not_an_environment', {}, 'returned str, which is no gymnasium.Env'),
+        (COUNTER, {'lenght': 3}, "unexpected keyword argument 'lenght'"),
+        ('CartPole-v1', {'gravity': 3}, "unexpected keyword argument 'gravity'"),
+    ],
+)
+def test_environments_that_cannot_be_made(env_id, kwargs, message, vectorization):
+    with pytest.raises(UserError, match=message) as caught:
+        make(env_id, kwargs=kwargs, vectorization=vectorization)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'env_id': ''}, 'Name the environment'),
+        ({'num_envs': 0}, 'env.num_envs must be at least 1'),
+        ({'repeat': 0}, 'env.repeat must be at least 1'),
+        ({'image_size': 50, 'env_id': 'toy_envs:Camera'}, 'multiple of 16'),
+        ({'vectorization': 'parallel'}, 'env.vectorization is one of'),
+        ({'autoreset': 'never'}, 'env.autoreset is one of'),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(UserError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize('suite', sorted(registry.SUITES))
+def test_missing_extra_is_named(suite, monkeypatch):
+    monkeypatch.setattr(registry.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=rf'pip install "dreamerv3-jax\[{suite}\]"'):
+        make(f'{suite}/anything')
+
+
+def test_missing_package_of_gymnasium(monkeypatch):
+    def broken(**_):
+        raise gymnasium.error.DependencyNotInstalled('pip install box3d')
+
+    monkeypatch.setattr(toy_envs, 'fails', broken)
+    with pytest.raises(UserError, match='needs another package: pip install box3d'):
+        make('toy_envs:fails')

@@ -1,0 +1,102 @@
+"""Small environments whose every number is known, importable by worker processes."""
+
+import os
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import SyncVectorEnv
+
+
+class Counter(gymnasium.Env):
+    """Observes episode, step and last action; pays 10 * step + action."""
+
+    metadata = {'render_modes': ['rgb_array']}
+
+    def __init__(
+        self,
+        end: str = 'terminated',
+        length: int = 0,
+        fail_at: int = -1,
+        failure: str = 'raise',
+        nan_at: int = -1,
+        render_mode: str | None = None,
+    ) -> None:
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                'count': gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64),
+                'action': gymnasium.spaces.Discrete(4),
+            }
+        )
+        self.action_space = gymnasium.spaces.Discrete(3)
+        self.render_mode = render_mode
+        self.frames = 0
+        self._end = end
+        self._length = length
+        self._fail_at = fail_at
+        self._failure = failure
+        self._nan_at = nan_at
+        self._episode = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self._episode += 1
+        self._step = 0
+        self._limit = self._length or int(self.np_random.integers(1, 5))
+        return self._observation(3), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action)
+        assert self._step < self._limit, 'stepped after the end'
+        self._step += 1
+        self.frames += 1
+        if self._step == self._fail_at:
+            if self._failure == 'exit':
+                os._exit(7)
+            raise ValueError('the\nrobot fell over')
+        ended = self._step == self._limit
+        info = {'log/length': self._step, 'log/episode': float(self._episode), 'other': 5}
+        return (
+            self._observation(int(action)),
+            10.0 * self._step + int(action),
+            ended and self._end == 'terminated',
+            ended and self._end == 'truncated',
+            info,
+        )
+
+    def render(self) -> Any:
+        return np.full((4, 6, 3), self._step, np.uint8)
+
+    def _observation(self, action: int) -> Any:
+        step = np.nan if self._step == self._nan_at else self._step
+        return {'count': np.array([self._episode, step]), 'action': action}
+
+
+class Camera(gymnasium.Env):
+    """Observes an image; never ends."""
+
+    def __init__(self) -> None:
+        self.observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        self.action_space = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros((64, 64, 3), np.uint8), {}
+
+    def step(self, action: Any) -> Any:
+        return np.full((64, 64, 3), 7, np.uint8), float(action.sum()), False, False, {}
+
+
+def not_an_environment() -> str:
+    return 'hello'
+
+
+def fails() -> gymnasium.Env:
+    raise RuntimeError('no such robot')
+
+
+def native_counter(num_envs: int, autoreset: str = 'NextStep', **kwargs: Any) -> SyncVectorEnv:
+    return SyncVectorEnv([lambda: Counter(**kwargs)] * num_envs, autoreset_mode=autoreset)
+
+
+gymnasium.register('ToyCounter-v0', entry_point=Counter, vector_entry_point=native_counter)
