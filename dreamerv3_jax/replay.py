@@ -213,11 +213,8 @@ class Replay:
         used = min(int(self._count.max()), self._length)
         arrays = {name: ring[:, :used] for name, ring in self._by_stream().items()}
         arrays['count'] = self._count.copy()
-        arrays['queue'] = np.array(self._queue, np.int64).reshape(-1, 2)
-        return {
-            'arrays': arrays,
-            'metadata': {**self._layout(), 'rng': self._rng.bit_generator.state},
-        }
+        metadata = {'rng': self._rng.bit_generator.state, 'queue': [list(x) for x in self._queue]}
+        return {'arrays': arrays, 'metadata': self._layout() | metadata}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `state` returned.
@@ -235,7 +232,7 @@ class Replay:
         for name, ring in self._by_stream().items():
             ring[:, : arrays[name].shape[1]] = arrays[name]
         self._count[:] = arrays['count']
-        self._queue = deque((int(stream), int(first)) for stream, first in arrays['queue'])
+        self._queue = deque((stream, first) for stream, first in metadata['queue'])
         self._rng.bit_generator.state = metadata['rng']
 
     def _layout(self) -> dict[str, Any]:

@@ -302,8 +302,8 @@ def test_script_without_main_guard(tmp_path):
         'import ml_collections\n'
         'from dreamerv3_jax import envs\n'
         'print("once")\n'
-        'config = ml_collections.ConfigDict(dict(id="CartPole-v1", kwargs={}, num_envs=2, repeat=1,\n'
-        '    image_size=0, vectorization="async", autoreset="next_step"))\n'
+        'config = ml_collections.ConfigDict(dict(id="CartPole-v1", kwargs={}, num_envs=2,\n'
+        '    repeat=1, image_size=0, vectorization="async", autoreset="next_step"))\n'
         'env = envs.make(config, 0)\n'
         'print(env.reset().is_first.all())\n'
     )  # and without close

@@ -78,7 +78,7 @@ class Crafter(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """Returns a picture larger than the one that is observed."""
-        return self._env.render(np.array([256, 256]))
+        return self._env.render((256, 256))
 
 
 class _OrderedSet(dict):

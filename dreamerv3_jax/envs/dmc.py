@@ -15,14 +15,20 @@ import numpy as np
 
 from dreamerv3_jax.errors import UserError
 
-if sys.platform == 'linux' and 'MUJOCO_GL' not in os.environ and not os.environ.get('DISPLAY'):
-    # dm_control chooses how to draw when it is imported, and would look for a display first.
-    _libraries = {'egl': 'EGL', 'osmesa': 'OSMesa'}
-    _found = [name for name, library in _libraries.items() if ctypes.util.find_library(library)]
-    os.environ['MUJOCO_GL'] = _found[0] if _found else 'disabled'
 
+def _choose_renderer() -> None:
+    """Makes MuJoCo draw without a screen where there is none and the user did not choose."""
+    if sys.platform != 'linux' or 'MUJOCO_GL' in os.environ or os.environ.get('DISPLAY'):
+        return
+    libraries = {'egl': 'EGL', 'osmesa': 'OSMesa'}
+    found = [name for name, library in libraries.items() if ctypes.util.find_library(library)]
+    os.environ['MUJOCO_GL'] = found[0] if found else 'disabled'
+
+
+_choose_renderer()  # dm_control reads it when it is imported, and else looks for a screen first
 from dm_control import suite  # noqa: E402
 
+_NO_RENDERER = ('off', 'disable', 'disabled', 'false', '0')  # values of MUJOCO_GL
 _CAMERAS = {'quadruped': 2}  # the others show their task best from camera 0
 
 
@@ -53,7 +59,7 @@ def make(
         near = difflib.get_close_matches(name, tasks, n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else 'names are <domain>_<task>.'
         raise UserError(f'There is no control task {name!r}; {hint}')
-    if (vision or render_mode) and os.environ.get('MUJOCO_GL') in ('disabled', 'off', 'false', '0'):
+    if (vision or render_mode) and os.environ.get('MUJOCO_GL') in _NO_RENDERER:
         raise UserError(
             'Pictures of MuJoCo need an OpenGL library; install libegl1 or libosmesa6, and set '
             'MUJOCO_GL to egl or osmesa.'

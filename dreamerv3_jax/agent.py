@@ -1,0 +1,183 @@
+"""The agent as a library: networks, compiled policy and compiled update for given spaces."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dreamerv3_jax import policy, sharding, update
+from dreamerv3_jax.actions import zero_actions
+from dreamerv3_jax.config import AgentConfig
+from dreamerv3_jax.networks import compute_dtype, make_networks
+from dreamerv3_jax.optimizer import make_optimizer
+from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
+from dreamerv3_jax.train_state import TrainState, init_train_state
+from dreamerv3_jax.types import Batch, Latent, Metrics, PolicyState, StoredLatent
+
+
+class Agent:
+    """Compiled functions of one agent. It holds no state: states go in and come out.
+
+    Example:
+      >>> import gymnasium
+      >>> from dreamerv3_jax import Agent, load_config
+      >>> env = gymnasium.make('CartPole-v1')
+      >>> agent = Agent.from_spaces(
+      ...     env.observation_space, env.action_space, load_config('gymnasium:nano').agent)
+      >>> train_state, state = agent.init(seed=0), agent.initial_policy_state(count=1)
+      >>> observation = {'observation': env.reset(seed=0)[0][None]}
+      >>> state, actions, _ = agent.policy(
+      ...     train_state.params, state, observation, is_first=np.array([True]), seed=(0, 0))
+      >>> actions['action'].shape
+      (1, 1)
+    """
+
+    def __init__(
+        self,
+        observation_specs: Mapping[str, ArraySpec],
+        action_specs: Mapping[str, ArraySpec],
+        config: AgentConfig | Mapping[str, Any],
+        mesh: Mesh | None = None,
+    ) -> None:
+        """Builds the networks; nothing is allocated or compiled yet.
+
+        Args:
+          observation_specs: arrays of an observation by name.
+          action_specs: arrays of an action by name.
+          config: settings, or a mapping of them such as the `agent` part of a preset.
+          mesh: devices of the update; by default the first device alone.
+        """
+        self.observation_specs = dict(sorted(observation_specs.items()))
+        self.action_specs = dict(sorted(action_specs.items()))
+        self.config = config if isinstance(config, AgentConfig) else AgentConfig.from_mapping(config)
+        self.mesh = mesh or sharding.make_mesh(data=1)
+        self.networks = make_networks(self.observation_specs, self.action_specs, self.config)
+        self._optimizer = make_optimizer(self.config)
+        self._compiled_update: Any = None
+        act = functools.partial(
+            policy.act, self.networks, action_specs=self.action_specs, config=self.config
+        )
+
+        def keyed(mode: bool, params: Any, state: Any, observation: Any, is_first: Any, seed: Any) -> Any:
+            return act(params, state, observation, is_first, jax.random.wrap_key_data(seed), mode=mode)
+
+        self._policy = jax.jit(keyed, static_argnums=0)
+
+    @classmethod
+    def from_spaces(
+        cls,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        config: AgentConfig | Mapping[str, Any],
+        mesh: Mesh | None = None,
+    ) -> Self:
+        """Builds the agent for gymnasium spaces; the adapters in `spaces` convert between both worlds."""
+        observation_specs = ObservationAdapter(observation_space).specs
+        return cls(observation_specs, ActionAdapter(action_space).specs, config, mesh)
+
+    def init(self, seed: int) -> TrainState:
+        """Returns a fresh state, placed on the mesh."""
+        observation = {name: np.zeros((1, *spec.shape), spec.dtype) for name, spec in self.observation_specs.items()}
+
+        def create(seed_: jax.Array) -> TrainState:
+            return init_train_state(self.networks, self._optimizer, observation, seed_)
+
+        shardings = sharding.state_sharding(self.mesh, jax.eval_shape(create, np.uint32(seed)))
+        return jax.jit(create, out_shardings=shardings)(np.uint32(seed))
+
+    def initial_policy_state(self, count: int) -> PolicyState:
+        """State of `count` environments before their first observation, which has to be `is_first`."""
+        config, dtype = self.config, compute_dtype(self.config)
+        deter = jnp.zeros((count, config.deter), dtype)
+        stoch = jnp.zeros((count, config.stoch, config.classes), dtype)
+        return PolicyState(Latent(deter, stoch), zero_actions(self.action_specs, count))
+
+    def policy(
+        self,
+        params: Any,
+        state: PolicyState,
+        observation: Mapping[str, np.ndarray],
+        is_first: np.ndarray,
+        seed: tuple[int, int],
+        mode: bool = False,
+    ) -> tuple[PolicyState, dict[str, jax.Array], StoredLatent]:
+        """Chooses actions for N environments, see `policy.act`.
+
+        Args:
+          params: `TrainState.params`.
+          state: from the call before, or `initial_policy_state`.
+          observation: {name: [N, *shape]}.
+          is_first: [N] bool.
+          seed: two numbers that together have to differ from call to call.
+          mode: the most probable action instead of a sample.
+
+        Returns:
+          The new state, actions {name: [N, n]} (continuous ones not clipped), and the latents to store.
+        """
+        words = np.array(seed, np.uint32)
+        return self._policy(mode, params, state, dict(observation), is_first, words)
+
+    def compile_update(self, batch_size: int, batch_length: int) -> None:
+        """Compiles the update for batches of these shapes; otherwise its first call does."""
+        steps = (batch_size, batch_length + 1)
+
+        def arrays(specs: Mapping[str, ArraySpec]) -> dict[str, Any]:
+            return {name: np.broadcast_to(np.zeros((), spec.dtype), (*steps, *spec.shape)) for name, spec in specs.items()}
+
+        flag, config = np.zeros(steps, bool), self.config
+        self._compile(
+            Batch(
+                arrays(self.observation_specs),
+                arrays(self.action_specs),
+                np.zeros(steps, np.float32),
+                flag,
+                flag,
+                flag,
+                np.zeros((batch_size, config.deter), np.float32),
+                np.zeros((batch_size, config.stoch), np.uint8),
+            )
+        )
+
+    def _compile(self, batch: Batch) -> None:
+        function = functools.partial(
+            update.update,
+            networks=self.networks,
+            optimizer=self._optimizer,
+            observation_specs=self.observation_specs,
+            action_specs=self.action_specs,
+            config=self.config,
+        )
+        state = jax.eval_shape(lambda: self.init(0))
+        state_sharding = sharding.state_sharding(self.mesh, state)
+        self._batch_sharding = sharding.batch_sharding(self.mesh, batch.reward.shape[0])
+        self._compiled_update = sharding.compile_for(
+            function,
+            sharding.abstract(state, state_sharding),
+            sharding.abstract(batch, self._batch_sharding),
+            out_shardings=(state_sharding, self._batch_sharding, sharding.replicated(self.mesh)),
+            donate=1,
+        )
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, StoredLatent, Metrics]:
+        """One update of everything, see `update.update`. Does not wait for the result.
+
+        Args:
+          state: is donated; do not use it again.
+          batch: [B, T + 1] steps, always of the same shapes.
+
+        Returns:
+          The new state, the latents [B, T, ...] to write back, and metrics {name: []}.
+        """
+        if self._compiled_update is None:
+            self._compile(batch)
+        return self._compiled_update(state, jax.device_put(batch, self._batch_sharding))
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of trained parameters by network; computed from shapes."""
+        params = jax.eval_shape(lambda: self.init(0)).params
+        return {name: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree)) for name, tree in params.items()}

@@ -1,0 +1,298 @@
+"""The training loop: step the environments, act, store, train when it is due, log, checkpoint."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dreamerv3_jax import checkpoint, envs, run_folder, sharding
+from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.metrics import MetricWriter, ProgressLine, Timer
+from dreamerv3_jax.replay import Replay, TrainRatio, bytes_per_step, check_memory
+from dreamerv3_jax.spaces import ArraySpec
+from dreamerv3_jax.types import Batch, Metrics, StoredLatent
+
+FLAGS = ('is_first', 'is_last', 'is_terminal')
+
+
+def train(config: ml_collections.ConfigDict, logdir: Path, preset: str) -> None:
+    """Trains until `config.run.steps` environment frames, or goes on with the run in `logdir`.
+
+    Args:
+      config: all settings, see `configs/base.py`.
+      logdir: folder of the run.
+      preset: name of the configuration, for the log.
+
+    Raises:
+      UserError: a setting, the environment or the folder does not allow the run.
+    """
+    run_folder.check(logdir, config)
+    with Trainer(config, logdir, preset) as trainer:
+        trainer.run()
+
+
+class Trainer:
+    """One run. `tick` is one step of all environments with everything that follows from it."""
+
+    def __init__(self, config: ml_collections.ConfigDict, logdir: Path, preset: str) -> None:
+        """Builds everything, restores the newest checkpoint and prints what the run will be."""
+        self._config, self._logdir = config, logdir
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        counters = dict.fromkeys(('ticks', 'steps', 'frames', 'episodes', 'updates'), 0)
+        folder = logdir / 'checkpoints'
+        resumed = checkpoint.latest_step(folder)
+        # Each start seeds its environments anew, or it would play the first episodes once more.
+        self._env = envs.make(config.env, seed=run_folder.derived_seed(config.seed, resumed or 0))
+        self._agent = Agent(self._env.observation_specs, self._env.action_specs, config.agent, mesh)
+        self._progress = ProgressLine(config.run.steps)
+        specs = replay_specs(self._agent)
+        directory = logdir / 'replay' if config.replay.on_disk else None
+        check_memory(specs, config.replay.capacity, directory)
+        sharding.batch_sharding(mesh, config.replay.batch_size)
+        run_folder.create(logdir, config)
+        self._replay = Replay(
+            specs,
+            capacity=config.replay.capacity,
+            streams=self._env.num_envs,
+            batch_size=config.replay.batch_size,
+            batch_length=config.replay.batch_length,
+            online=config.replay.online,
+            seed=config.seed,
+            directory=directory,
+        )
+        self._ratio = TrainRatio(
+            config.replay.train_ratio, config.replay.batch_size * config.replay.batch_length
+        )
+        self._describe(preset, bytes_per_step(specs))
+        self._state = self._agent.init(config.seed)
+        self._checkpointer = checkpoint.Checkpointer(folder)
+        if resumed is not None:
+            saved = self._checkpointer.restore(checkpoint.abstract_state(self._state))
+            self._state, counters = saved.state, saved.counters
+            self._ratio.load_state(counters.pop('ratio'))
+            if saved.replay is not None:
+                self._replay.load_state(saved.replay)
+        self.counters: dict[str, int] = counters
+        frames = None if resumed is None else counters['frames']
+        self._writer = MetricWriter(logdir, resume_step=frames)
+        for message in [*self._env.messages, *self._writer.messages]:
+            self._progress.message(message)
+        if resumed is not None:
+            self._progress.message(
+                f'Going on at {self.counters["frames"]:,} frames and {self.counters["updates"]:,} updates; '
+                f'the environments start new episodes.'
+            )
+        self._timer = Timer()
+        self._pending: tuple[Any, StoredLatent] | None = None  # latents to write back
+        self._metrics: list[Metrics] = []  # of updates not yet logged
+        self._returns = np.zeros(self._env.num_envs)
+        self._lengths = np.zeros(self._env.num_envs, np.int64)
+        self._policy_state = self._agent.initial_policy_state(self._env.num_envs)
+        self._records: envs.Records | None = None
+
+    def __enter__(self) -> 'Trainer':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+        self._writer.close()
+        self._checkpointer.close()
+        self._env.close()
+
+    def run(self) -> None:
+        """Ticks until the run is complete or Ctrl-C; saves at intervals and at the end."""
+        run = self._config.run
+        if self.counters['frames'] >= run.steps:
+            self._progress.message(
+                f'The run is complete; go on with --config.run.steps above {self.counters["frames"]}.'
+            )
+            return
+        started = time.monotonic()
+        self._progress.message('Compiling the update ...')
+        self._agent.compile_update(self._config.replay.batch_size, self._config.replay.batch_length)
+        self._progress.message(f'Compiled in {time.monotonic() - started:.0f} s.')
+        self._timer.restart()
+        logged = saved = time.monotonic()
+        try:
+            while self.counters['frames'] < run.steps:
+                self.tick()
+                now = time.monotonic()
+                self._progress.update(self.counters['frames'], self.counters['updates'], self._timer.shares())
+                if now - logged >= run.log_every:
+                    self.log()
+                    logged = now
+                if now - saved >= run.checkpoint_every:
+                    with self._timer.section('checkpoint'):
+                        self.save()
+                    saved = now
+        except KeyboardInterrupt:
+            self._progress.message('Stopping; saving a checkpoint ...')
+            self.log(final=True)
+            self.save()
+            raise
+        self.log(final=True)
+        self.save()
+        self._progress.close()
+        print(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
+
+    def tick(self) -> None:
+        """One observation and one action of every environment, and the updates that are due."""
+        if self._records is None:
+            with self._timer.section('env'):
+                self._records = self._env.reset()
+        records = self._records
+        with self._timer.section('update'):
+            jax.block_until_ready(self._state.updates)
+        with self._timer.section('policy'):
+            self._policy_state, actions, latent = self._agent.policy(
+                self._state.params,
+                self._policy_state,
+                records.observation,
+                records.is_first,
+                seed=(self._config.seed, self.counters['ticks']),
+            )
+            actions, latent = jax.device_get((actions, latent))
+        with self._timer.section('replay'):
+            self._replay.add(replay_step(records, actions, latent))
+        self.counters['ticks'] += 1
+        self.counters['steps'] += int(np.sum(~records.is_last))
+        self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
+        if self._replay.can_sample:
+            for _ in range(self._ratio.due(self.counters['steps'])):
+                self._update()
+        # The last update of this tick is still being computed while the environments step.
+        with self._timer.section('env'):
+            self._records, finals = self._env.step(actions)
+        if finals is not None:
+            with self._timer.section('replay'):
+                self._replay.add(self._final_step(finals.records), finals.streams)
+            self._count_episodes(finals.streams, finals.records)
+        self._count_episodes(np.arange(self._env.num_envs), self._records)
+
+    def _update(self) -> None:
+        with self._timer.section('update'):
+            self._write_back()
+        with self._timer.section('replay'):
+            sampled, index = self._replay.sample()
+        with self._timer.section('update'):
+            self._state, latents, metrics = self._agent.update(self._state, to_batch(sampled))
+        self._pending = (index, latents)
+        self._metrics.append(metrics)
+        self.counters['updates'] += 1
+
+    def _write_back(self) -> None:
+        """Writes the latents of the last update to the replay; waits for the update."""
+        if self._pending is not None:
+            index, latents = self._pending
+            self._replay.update_latents(index, np.asarray(latents.deter), np.asarray(latents.stoch))
+            self._pending = None
+
+    def _final_step(self, records: envs.Records) -> dict[str, np.ndarray]:
+        """A terminal record that no policy saw. Its latent is never used: a reset follows."""
+        count, config = len(records.reward), self._agent.config
+        actions = {name: np.zeros((count, *spec.shape), spec.dtype) for name, spec in self._agent.action_specs.items()}
+        latent = StoredLatent(
+            np.zeros((count, config.deter), np.float32), np.zeros((count, config.stoch), np.uint8)
+        )
+        return replay_step(records, actions, latent)
+
+    def _count_episodes(self, streams: np.ndarray, records: envs.Records) -> None:
+        first = streams[records.is_first]
+        self._returns[first], self._lengths[first] = 0.0, -1
+        self._returns[streams] += records.reward
+        self._lengths[streams] += 1
+        for stream in streams[records.is_last]:
+            self.counters['episodes'] += 1
+            self._progress.add_episode(float(self._returns[stream]))
+            self._writer.add_episode(float(self._returns[stream]), int(self._lengths[stream]))
+
+    def log(self, *, final: bool = False) -> None:
+        """Writes the means since the last call, without waiting for the update in flight."""
+        done = self._metrics if final else self._metrics[:-1]
+        for metrics in jax.device_get(done):
+            self._writer.add(metrics, 'train/')
+        self._metrics = self._metrics[len(done) :]
+        self._writer.add(self._env.pop_logs(), 'episode/')
+        self._writer.add(self._timer.shares(), 'time/')
+        self._writer.add({name: self.counters[name] for name in ('episodes', 'updates')}, 'count/')
+        self._writer.write(self.counters['frames'])
+        self._timer.restart()
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self._write_back()
+        replay = self._replay.state() if self._config.run.checkpoint_replay else None
+        counters = {**self.counters, 'ratio': self._ratio.state()}
+        self._checkpointer.save(
+            self.counters['ticks'], checkpoint.Saved(self._state, replay, counters)
+        )
+
+    def _describe(self, preset: str, step_bytes: int) -> None:
+        config, agent = self._config, self._agent
+        counts = agent.parameter_counts()
+        devices = jax.devices()
+        per_update = config.replay.batch_size * config.replay.batch_length / config.replay.train_ratio
+        memory = step_bytes * config.replay.capacity / 1e9
+        rows = {
+            'run': f'{self._logdir} (preset {preset}, seed {config.seed})',
+            'environment': f'{config.env.id}, {self._env.num_envs} in parallel, repeat {config.env.repeat}',
+            'observation': _list_specs(agent.observation_specs),
+            'action': _list_specs(agent.action_specs),
+            'parameters': f'{sum(counts.values()):,} ({config.size}): '
+            + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
+            'devices': f'{len(devices)} {devices[0].platform} ({devices[0].device_kind}), '
+            f'mesh data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}',
+            'replay': f'{config.replay.capacity:,} steps x {step_bytes:,} bytes = {memory:.2f} GB '
+            + ('on disk' if config.replay.on_disk else 'of memory'),
+            'training': f'one update every {per_update:g} steps (train ratio {config.replay.train_ratio:g}), '
+            f'until {config.run.steps:,} frames',
+        }
+        for name, text in rows.items():
+            self._progress.message(f'{name:12} {text}')
+
+
+def _list_specs(specs: Mapping[str, ArraySpec]) -> str:
+    def describe(spec: ArraySpec) -> str:
+        if spec.kind == 'discrete':
+            return 'x'.join(map(str, spec.classes)) + ' choices'
+        return 'x'.join(map(str, spec.shape)) + (' image' if spec.kind == 'image' else ' numbers')
+
+    return ', '.join(f'{name}: {describe(spec)}' for name, spec in specs.items())
+
+
+def replay_specs(agent: Agent) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of everything that one replay step holds."""
+    specs = {f'observation/{name}': (spec.shape, spec.dtype) for name, spec in agent.observation_specs.items()}
+    specs |= {f'action/{name}': (spec.shape, spec.dtype) for name, spec in agent.action_specs.items()}
+    specs |= {'reward': ((), np.dtype(np.float32))}
+    specs |= {name: ((), np.dtype(bool)) for name in FLAGS}
+    specs |= {'deter': ((agent.config.deter,), np.dtype(np.float32))}
+    specs |= {'stoch': ((agent.config.stoch,), np.dtype(np.uint8))}
+    return specs
+
+
+def replay_step(
+    records: envs.Records, actions: Mapping[str, np.ndarray], latent: StoredLatent
+) -> dict[str, np.ndarray]:
+    """One replay step of every stream: records with the actions chosen from them, zero where is_last."""
+    step = {f'observation/{name}': value for name, value in records.observation.items()}
+    for name, value in actions.items():
+        ended = records.is_last.reshape(-1, *(1,) * (value.ndim - 1))
+        step[f'action/{name}'] = np.where(ended, np.zeros((), value.dtype), value)
+    step |= {name: getattr(records, name) for name in ('reward', *FLAGS)}
+    return step | latent._asdict()
+
+
+def to_batch(sampled: dict[str, np.ndarray]) -> Batch:
+    """Arranges what `Replay.sample` returns as the update wants it."""
+    parts: dict[str, dict[str, np.ndarray]] = {'observation': {}, 'action': {}}
+    for name, value in sampled.items():
+        part, slash, rest = name.partition('/')
+        if slash:
+            parts[part][rest] = value
+    rest_fields = {name: sampled[name] for name in ('reward', *FLAGS, 'deter', 'stoch')}
+    return Batch(**parts, **rest_fields)

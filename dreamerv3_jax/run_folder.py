@@ -1,0 +1,76 @@
+"""The folder of a run: its settings, and whether another start may use it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from dreamerv3_jax.errors import UserError
+
+MAY_CHANGE = ('logdir', 'run.')  # settings that a later start may change
+
+
+def create(logdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Makes the folder and writes its settings, `config.json`.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+        (logdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    except OSError as error:
+        raise UserError(
+            f'Cannot write to {logdir} ({error.strerror}); choose another folder with --config.logdir.'
+        ) from error
+
+
+def read_config(logdir: Path) -> ml_collections.ConfigDict:
+    """Settings of the run in a folder.
+
+    Raises:
+      UserError: there is no run.
+    """
+    path = logdir / 'config.json'
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{logdir} holds no readable run: {path.name} {error}.') from error
+
+
+def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses to go on with a run under other settings.
+
+    Raises:
+      UserError: with every difference.
+    """
+    if not (logdir / 'config.json').exists():
+        return
+    old, new = _flat(read_config(logdir).to_dict()), _flat(config.to_dict())
+    differences = [
+        f'{key}: {old.get(key, "absent")} then, {new.get(key, "absent")} now'
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith(MAY_CHANGE) and old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f'{logdir} holds a run with other settings ({"; ".join(differences)}); '
+            f'choose another folder with --config.logdir, or the same settings.'
+        )
+
+
+def derived_seed(seed: int, start: int) -> int:
+    """Seed of the environments at the given start of a run (0 for the first)."""
+    return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
+
+
+def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    result = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f'{prefix}{key}.')
+        else:
+            result[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return result

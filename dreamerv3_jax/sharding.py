@@ -1,0 +1,101 @@
+"""Devices: the mesh, which axis of which array is split over it, and compiling for it.
+
+The batch is split over both mesh axes. Parameters, optimiser state and slow critic are split over `fsdp`
+(fully sharded data parallelism) by shape, see `state_sharding`. The compiler inserts the communication; the
+same program serves one device and many.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dreamerv3_jax.errors import UserError
+
+LEAST_SHARDED = 4096  # elements; smaller arrays are cheaper to repeat than to gather
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """Arranges the devices as (data, fsdp).
+
+    Args:
+      data: number of groups that see different sequences; -1 takes all devices that are left.
+      fsdp: number of devices over which a copy of the parameters is spread.
+
+    Raises:
+      UserError: the numbers do not fit the devices.
+    """
+    devices = jax.devices()
+    if data == -1:
+        data = max(1, len(devices) // fsdp)
+    if data * fsdp > len(devices):
+        raise UserError(
+            f'mesh.data={data} times mesh.fsdp={fsdp} needs {data * fsdp} devices and there are '
+            f'{len(devices)}; lower one of them.'
+        )
+    grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(grid, ('data', 'fsdp'), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """Sharding for each array of a state: its longest axis that divides by `fsdp`, if it is large.
+
+    Args:
+      mesh: from `make_mesh`.
+      state: tree of arrays or of their shapes.
+    """
+    size = mesh.shape['fsdp']
+
+    def shard(array: Any) -> NamedSharding:
+        axes = [axis for axis in range(array.ndim) if array.shape[axis] % size == 0]
+        if size == 1 or not axes or math.prod(array.shape) < LEAST_SHARDED:
+            return NamedSharding(mesh, P())
+        longest = max(axes, key=lambda axis: array.shape[axis])
+        return NamedSharding(mesh, P(*[None] * longest, 'fsdp'))
+
+    return jax.tree.map(shard, state)
+
+
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+    """Sharding that splits the leading axis of every array of a batch over all devices.
+
+    Raises:
+      UserError: the sequences cannot be dealt out evenly.
+    """
+    if batch_size % mesh.size:
+        raise UserError(
+            f'A batch of {batch_size} sequences does not divide among {mesh.size} devices; '
+            f'change replay.batch_size, or the mesh.'
+        )
+    return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding that repeats an array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def compile_for(function: Callable, *arguments: Any, out_shardings: Any, donate: int) -> Callable:
+    """Compiles `function` ahead of time; the result cannot recompile, it refuses other shapes.
+
+    Args:
+      function: pure; its first `donate` arguments give their buffers to its results.
+      *arguments: trees of `jax.ShapeDtypeStruct` with shardings.
+      out_shardings: of the results.
+      donate: how many arguments to donate.
+    """
+    jitted = jax.jit(function, donate_argnums=range(donate), out_shardings=out_shardings)
+    return jitted.lower(*arguments).compile()
+
+
+def abstract(tree: Any, sharding: Any) -> Any:
+    """Shapes of a tree of arrays with one sharding for all of them, or a tree of shardings."""
+    if isinstance(sharding, NamedSharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(
+        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where), tree, sharding
+    )

@@ -1,0 +1,395 @@
+import hashlib
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+
+from dreamerv3_jax import envs, presets
+from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.spaces import resize
+
+
+def make(env_id, seed=0, render=False, **changes):
+    settings = dict(
+        id=env_id,
+        kwargs={},
+        num_envs=1,
+        repeat=1,
+        image_size=0,
+        vectorization='sync',
+        autoreset='next_step',
+    )
+    return envs.make(ml_collections.ConfigDict({**settings, **changes}), seed, render=render)
+
+
+def inner(env):
+    """Returns the suite's own environment of the first stream."""
+    return env._streams[0]._env.unwrapped
+
+
+def discrete(*values):
+    return {'action': np.array(values, np.int32)[:, None]}
+
+
+def random_actions(env, rng):
+    actions = {}
+    for name, spec in env.action_specs.items():
+        if spec.kind == 'discrete':
+            columns = [rng.integers(0, classes, env.num_envs) for classes in spec.classes]
+            actions[name] = np.stack(columns, -1).astype(np.int32)
+        else:
+            actions[name] = rng.uniform(-1, 1, (env.num_envs, *spec.shape)).astype(np.float32)
+    return actions
+
+
+def play(env, steps):
+    """Returns a fingerprint of all that happens under the same random actions."""
+    rng = np.random.default_rng(0)
+    records = env.reset()
+    digest = hashlib.sha256()
+    for _ in range(steps):
+        for values in (*records.observation.values(), *records[1:]):
+            digest.update(values.tobytes())
+        records, _ = env.step(random_actions(env, rng))
+    return digest.hexdigest()
+
+
+class TestAtari:
+    @pytest.fixture(autouse=True)
+    def package(self):
+        pytest.importorskip('ale_py')
+
+    def test_specs(self):
+        with make('atari/pong') as env:
+            assert env.observation_specs['observation'].shape == (96, 96, 1)
+            assert env.action_specs['action'].classes == (18,)
+            assert env.messages == []
+            assert inner(env)._ale.getFloat('repeat_action_probability') == 0.25
+        kwargs = {'sticky': False, 'full_actions': False, 'gray': False}
+        with make('atari/montezuma_revenge', kwargs=kwargs) as env:
+            assert env.observation_specs['observation'].shape == (64, 64, 3)
+            assert inner(env)._ale.getFloat('repeat_action_probability') == 0.0
+        with make('atari/pong', kwargs=kwargs, image_size=80) as env:
+            assert env.observation_specs['observation'].shape == (80, 80, 3)
+            assert env.action_specs['action'].classes == (6,)
+
+    def test_unknown_names(self):
+        with pytest.raises(UserError, match='did you mean .*pong'):
+            make('atari/pongg')
+        with pytest.raises(UserError, match=r'no setting env.kwargs.stickyy; it has sticky, '):
+            make('atari/pong', kwargs={'stickyy': 0.5})
+
+    def test_repeat_and_pooling_follow_the_emulator(self):
+        kwargs = {'sticky': 0.0, 'noops': 0}
+        with make('atari/asteroids', kwargs=kwargs, repeat=4) as env:
+            ale = inner(env)._ale
+            env.reset()
+            start = ale.getEpisodeFrameNumber()
+            state = ale.cloneState()
+            actions = ale.getLegalActionSet()
+            seen = [env.step(discrete(3))[0] for _ in range(30)]
+            assert ale.getEpisodeFrameNumber() - start == 120
+            ale.restoreState(state)
+            flickered = False
+            for records in seen:
+                reward, screens = 0, []
+                for _ in range(4):
+                    reward += ale.act(actions[3])
+                    screens.append(ale.getScreenGrayscale())
+                pooled = np.maximum(screens[2], screens[3])[..., None]
+                flickered |= bool((pooled[..., 0] != screens[3]).any())
+                np.testing.assert_array_equal(
+                    records.observation['observation'][0], resize(pooled, 96, 96)
+                )
+                assert records.reward[0] == reward
+            assert flickered  # else the maximum was not tested
+
+    @pytest.mark.parametrize('repeat', [1, 4])
+    def test_first_frame_shows_only_the_first_screen(self, repeat):
+        with make('atari/pong', kwargs={'noops': 0, 'gray': False}, repeat=repeat) as env:
+            for _ in range(2):
+                records = env.reset()
+                screen = inner(env)._ale.getScreenRGB()
+                assert screen.max() > 50
+                np.testing.assert_array_equal(
+                    records.observation['observation'][0], resize(screen, 64, 64)
+                )
+                for _ in range(60):  # so that the ball is somewhere else
+                    env.step(discrete(1))
+
+    def test_noops(self):
+        with make('atari/pong') as env:
+            starts = []
+            for _ in range(60):
+                env.reset()
+                starts.append(inner(env)._ale.getEpisodeFrameNumber())
+        least = min(starts)
+        assert max(starts) - least > 20
+        with make('atari/pong', kwargs={'noops': 0}) as env:
+            env.reset()
+            assert max(starts) <= inner(env)._ale.getEpisodeFrameNumber() + 30
+
+    def test_frame_limit_truncates_in_the_middle_of_a_repeat(self, monkeypatch):
+        from dreamerv3_jax.envs import atari
+
+        assert atari.MAX_FRAMES == 108_000
+        monkeypatch.setattr(atari, 'MAX_FRAMES', 10)
+        with make('atari/pong', kwargs={'noops': 0}, repeat=4) as env:
+            env.reset()
+            start = inner(env)._ale.getEpisodeFrameNumber()
+            flags = []
+            for _ in range(3):
+                records, _ = env.step(discrete(0))
+                flags.append((records.is_last[0], records.is_terminal[0]))
+            assert flags == [(False, False), (False, False), (True, False)]
+            assert inner(env)._ale.getEpisodeFrameNumber() - start == 10 - start
+            assert env.step(discrete(0))[0].is_first[0]
+
+    def test_only_the_last_life_terminates(self):
+        with make('atari/breakout', repeat=4, kwargs={'sticky': 0.0}) as env:
+            env.reset()
+            ale = inner(env)._ale
+            lives = []
+            for step in range(2000):
+                records, _ = env.step(discrete(1 if step % 2 else 3))
+                lives.append(ale.lives())
+                if records.is_last[0]:
+                    break
+            assert records.is_terminal[0]
+            assert lives[-1] == 0
+            assert {5, 4, 3, 2, 1} <= set(lives)
+
+    def test_seeds(self):
+        def fingerprint(seed, **changes):
+            with make('atari/pong', seed=seed, repeat=4, **changes) as env:
+                return play(env, 40)
+
+        assert fingerprint(1) == fingerprint(1) == fingerprint(1, vectorization='async')
+        assert fingerprint(1) != fingerprint(2)
+
+    def test_render(self):
+        with make('atari/pong', render=True) as env:
+            env.reset()
+            assert env.render().shape == (210, 160, 3)
+
+    def test_gymnasium_ids(self):
+        with make('ale_py:ALE/Pong-v5') as env:
+            assert env.observation_specs['observation'].shape == (208, 160, 3)
+        kwargs = {'use_fire_reset': False, 'reward_clipping': False}
+        with make('ale_py:ALE/Pong-v5', num_envs=2, vectorization='native', kwargs=kwargs) as env:
+            assert env.observation_specs['observation'].shape == (80, 80, 4)
+            assert env.reset().is_first.all()
+            records, _ = env.step(discrete(0, 1))
+            assert records.observation['observation'].shape == (2, 80, 80, 4)
+
+
+class TestControl:
+    @pytest.fixture(autouse=True)
+    def package(self):
+        pytest.importorskip('dm_control')
+
+    @pytest.fixture
+    def picture(self):
+        from dreamerv3_jax.envs import dmc
+
+        if os.environ.get('MUJOCO_GL') in dmc._NO_RENDERER:
+            pytest.skip('no OpenGL library')
+
+    def test_specs(self):
+        with make('dmc/walker_walk') as env:
+            shapes = {name: spec.shape for name, spec in env.observation_specs.items()}
+            assert shapes == {'height': (1,), 'orientations': (14,), 'velocity': (9,)}
+            assert {spec.kind for spec in env.observation_specs.values()} == {'continuous'}
+            assert env.action_specs['action'].shape == (6,)
+            assert env.messages == []
+
+    @pytest.mark.parametrize('name', ['ball_in_cup_catch', 'cartpole_balance', 'finger_turn_easy'])
+    def test_names_with_several_parts(self, name):
+        with make(f'dmc/{name}') as env:
+            assert env.reset().is_first.all()
+
+    def test_unknown_names(self):
+        with pytest.raises(UserError, match='did you mean .*walker_walk'):
+            make('dmc/walker_wolk')
+        with pytest.raises(UserError, match='no setting env.kwargs.pixels; it has vision, camera'):
+            make('dmc/walker_walk', kwargs={'pixels': True})
+
+    @pytest.mark.parametrize('repeat', [1, 3])
+    def test_time_limit_truncates(self, repeat):
+        with make('dmc/pendulum_swingup', repeat=repeat) as env:
+            env.reset()
+            steps, last = 0, False
+            while not last:
+                records, _ = env.step({'action': np.zeros((1, 1), np.float32)})
+                last = records.is_last[0]
+                steps += 1
+            assert steps == math.ceil(1000 / repeat)
+            assert not records.is_terminal[0]
+            assert env.step({'action': np.zeros((1, 1), np.float32)})[0].is_first[0]
+
+    def test_discount_zero_terminates(self):
+        with make('dmc/cartpole_balance') as env:
+            env.reset()
+            inner(env)._env.task.get_termination = lambda physics: 0.0
+            records, _ = env.step({'action': np.zeros((1, 1), np.float32)})
+            assert records.is_last[0]
+            assert records.is_terminal[0]
+
+    def test_repeat_sums_rewards(self):
+        action = {'action': np.full((1, 1), 0.3, np.float32)}
+        with make('dmc/cartpole_balance', repeat=2) as twice, make('dmc/cartpole_balance') as once:
+            first = twice.reset(), once.reset()
+            np.testing.assert_array_equal(
+                first[0].observation['position'], first[1].observation['position']
+            )
+            records, _ = twice.step(action)
+            parts = [once.step(action)[0] for _ in range(2)]
+        np.testing.assert_allclose(records.reward, parts[0].reward + parts[1].reward, rtol=1e-6)
+        np.testing.assert_array_equal(
+            records.observation['velocity'], parts[1].observation['velocity']
+        )
+
+    def test_seeds(self):
+        def fingerprint(seed, **changes):
+            with make('dmc/walker_walk', seed=seed, **changes) as env:
+                return play(env, 20)
+
+        assert fingerprint(1) == fingerprint(1) == fingerprint(1, vectorization='async')
+        assert fingerprint(1) != fingerprint(2)
+
+    def test_vision(self, picture):
+        kwargs = {'vision': True}
+        with make('dmc/quadruped_walk', kwargs=kwargs) as env:
+            assert {name: spec.shape for name, spec in env.observation_specs.items()} == {
+                'image': (64, 64, 3)
+            }
+            image = env.reset().observation['image'][0]
+            physics = inner(env)._env.physics
+            np.testing.assert_array_equal(image, physics.render(64, 64, camera_id=2))
+            assert image.std() > 5
+        with make('dmc/walker_walk', kwargs=kwargs, image_size=48, vectorization='async') as env:
+            assert env.reset().observation['image'].shape == (1, 48, 48, 3)
+
+    def test_render(self, picture):
+        with make('dmc/walker_walk', render=True) as env:
+            env.reset()
+            assert env.render().shape == (240, 320, 3)
+        with make('dmc/walker_walk') as env:
+            env.reset()
+            assert env.render() is None
+
+    def test_pictures_without_a_library(self, monkeypatch):
+        make('dmc/walker_walk').close()
+        monkeypatch.setenv('MUJOCO_GL', 'disabled')
+        with pytest.raises(UserError, match='libegl1'):
+            make('dmc/walker_walk', kwargs={'vision': True})
+        make('dmc/walker_walk').close()
+
+
+class TestCrafter:
+    @pytest.fixture(autouse=True)
+    def package(self):
+        pytest.importorskip('crafter')
+
+    def test_specs_and_names(self):
+        with make('crafter/reward', num_envs=2) as env:
+            assert env.observation_specs['observation'].shape == (64, 64, 3)
+            assert env.action_specs['action'].classes == (17,)
+            first, second = env.reset().observation['observation']
+            assert (first != second).any()
+        with pytest.raises(UserError, match='crafter/reward and crafter/noreward'):
+            make('crafter/rewards')
+
+    def test_time_limit_truncates_and_logs(self):
+        with make('crafter/reward', kwargs={'length': 3}, image_size=48) as env:
+            assert env.reset().observation['observation'].shape == (1, 48, 48, 3)
+            for _ in range(3):
+                records, _ = env.step(discrete(0))
+            assert records.is_last[0]
+            assert not records.is_terminal[0]
+            logs = env.pop_logs()
+        assert len(logs) == 23
+        assert logs['achievements'] == sum(
+            value for name, value in logs.items() if name.startswith('achievement_')
+        )
+
+    def test_death_terminates_and_achievements_are_logged(self):
+        with make('crafter/reward') as env:
+            env.reset()
+            player = inner(env)._env._player
+            player.health = 0
+            player.achievements['eat_cow'] = 2
+            records, _ = env.step(discrete(0))
+            assert records.is_last[0]
+            assert records.is_terminal[0]
+            logs = env.pop_logs()
+        assert logs['achievement_eat_cow'] == logs['achievements'] == 1.0
+        assert logs['achievement_place_table'] == 0.0
+
+    @pytest.mark.parametrize(('name', 'paid'), [('reward', True), ('noreward', False)])
+    def test_rewards(self, name, paid):
+        with make(f'crafter/{name}', render=True) as env:
+            env.reset()
+            inner(env)._env._player.achievements['eat_cow'] = 1
+            records, _ = env.step(discrete(0))
+            assert (records.reward[0] >= 0.9) == paid
+            assert env.render().shape == (256, 256, 3)
+
+    @pytest.mark.medium
+    def test_reproducible_across_processes(self):
+        """Compares processes in which sets of objects have different orders."""
+        code = (
+            'import sys, test_suites\n'
+            'padding = [object() for _ in range(int(sys.argv[1]))]\n'
+            'with test_suites.make("crafter/reward", seed=0) as env:\n'
+            '    print(test_suites.play(env, 250))\n'
+        )
+        root = Path(__file__).parent.parent
+        path = os.pathsep.join([str(root), str(root / 'tests')])
+        found = [
+            subprocess.run(
+                [sys.executable, '-c', code, padding],
+                env={**os.environ, 'PYTHONPATH': path, 'PYTHONHASHSEED': padding},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for padding in ('1', '1001')
+        ]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize('preset', ['atari', 'atari100k', 'crafter', 'dmc_proprio', 'dmc_vision'])
+def test_presets_make_their_environments(preset):
+    config = presets.load_config(preset).env
+    package = {'atari': 'ale_py', 'crafter': 'crafter', 'dmc': 'dm_control'}
+    pytest.importorskip(package[config.id.partition('/')[0]])
+    config.num_envs = 1
+    with envs.make(config, 0) as env:
+        records = env.reset()
+        env.step(random_actions(env, np.random.default_rng(0)))
+        assert env.messages == []
+        images = [spec for spec in env.observation_specs.values() if spec.kind == 'image']
+        assert [spec.shape[:2] for spec in images] == (
+            [(config.image_size,) * 2] if config.image_size else []
+        )
+    assert records.is_first.all()
+
+
+def test_box2d():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of SWIG: as errors they crash the interpreter
+        pytest.importorskip('Box2D')
+    with make('LunarLander-v3', kwargs={'continuous': True}, repeat=2) as env:
+        assert env.reset().is_first.all()
+        records, _ = env.step(random_actions(env, np.random.default_rng(0)))
+        assert np.isfinite(records.reward).all()
+    with make('CarRacing-v3', num_envs=2, vectorization='auto') as env:
+        assert env.observation_specs['observation'].shape == (96, 96, 3)
+        assert env.reset().observation['observation'].std() > 5
