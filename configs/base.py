@@ -1,14 +1,15 @@
 """Published values of every setting, and the sizes. All presets start from here.
 
-One set of hyperparameters serves all domains; a preset changes the environment, the train ratio, the run
-length and the size. Sizes differ in widths only.
+One set of hyperparameters serves all domains; a preset changes the environment, the train ratio,
+the run length and the size. Sizes differ in widths only.
 """
 
 import ml_collections
 
 from dreamerv3_jax.errors import UserError
 
-# name: (deter, hidden, classes, depth, units). The first two are for CPUs; the others are the published ones.
+# name: (deter, hidden, classes, depth, units). The first two are for CPUs; the others are the
+# published ones.
 SIZES = {
     'nano': (256, 32, 4, 2, 32),
     'micro': (256, 64, 4, 4, 64),

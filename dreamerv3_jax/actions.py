@@ -1,4 +1,4 @@
-"""Distributions over structured actions: one categorical per discrete component, one normal per number."""
+"""Distributions over actions: one categorical per discrete component, one normal per number."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -37,21 +37,25 @@ def make_policy(
 ) -> Policy:
     """Turns the actor's raw outputs into distributions.
 
-    Discrete: 1% uniform is mixed in, as the paper says; the published code drops it by mistake. Continuous:
-    mean `tanh(m)`, deviation `(max - min) sigmoid(s + 2) + min`.
+    Discrete: 1% uniform is mixed in, as the paper says; the published code drops it by mistake.
+    Continuous: mean `tanh(m)`, deviation `(max - min) sigmoid(s + 2) + min`.
     """
     policy: Policy = {}
     for name, spec in specs.items():
         if spec.kind == 'discrete':
             (logits,), start, parts = outputs[name], 0, []
             for classes in spec.classes:
-                parts.append(distributions.unimix(logits[..., start : start + classes], config.unimix))
+                parts.append(
+                    distributions.unimix(logits[..., start : start + classes], config.unimix)
+                )
                 start += classes
             policy[name] = Categoricals(tuple(parts))
         else:
             mean, std = outputs[name]
             spread = config.max_std - config.min_std
-            policy[name] = Normals(jnp.tanh(mean), spread * jax.nn.sigmoid(std + 2) + config.min_std)
+            policy[name] = Normals(
+                jnp.tanh(mean), spread * jax.nn.sigmoid(std + 2) + config.min_std
+            )
     return policy
 
 
@@ -63,7 +67,9 @@ def sample(policy: Policy, key: chex.PRNGKey) -> Actions:
         if isinstance(part, Categoricals):
             keys = jax.random.split(part_key, len(part.log_probs))
             pairs = zip(keys, part.log_probs, strict=True)
-            actions[name] = jnp.stack([distributions.categorical_sample(*pair) for pair in pairs], -1)
+            actions[name] = jnp.stack(
+                [distributions.categorical_sample(*pair) for pair in pairs], -1
+            )
         else:
             actions[name] = distributions.normal_sample(part_key, part.mean, part.std)
     return actions
@@ -72,7 +78,9 @@ def sample(policy: Policy, key: chex.PRNGKey) -> Actions:
 def mode(policy: Policy) -> Actions:
     """The most probable action {name: [..., n]}."""
     return {
-        name: jnp.stack([jnp.argmax(log_probs, -1).astype(jnp.int32) for log_probs in part.log_probs], -1)
+        name: jnp.stack(
+            [jnp.argmax(log_probs, -1).astype(jnp.int32) for log_probs in part.log_probs], -1
+        )
         if isinstance(part, Categoricals)
         else part.mean
         for name, part in policy.items()
@@ -97,7 +105,9 @@ def entropy(policy: Policy) -> Array:
     total: Array | float = 0.0
     for part in policy.values():
         if isinstance(part, Categoricals):
-            total += sum(distributions.categorical_entropy(log_probs) for log_probs in part.log_probs)
+            total += sum(
+                distributions.categorical_entropy(log_probs) for log_probs in part.log_probs
+            )
         else:
             total += jnp.sum(distributions.normal_entropy(part.std), -1)
     return jnp.asarray(total)
@@ -106,8 +116,8 @@ def entropy(policy: Policy) -> Array:
 def flatten_actions(actions: Mapping[str, Array], specs: Mapping[str, ArraySpec]) -> Array:
     """The flat action vector as the RSSM sees it.
 
-    Names in sorted order, discrete ones as one-hot, each number divided by `max(1, |a|)` without gradient
-    through the divisor: the model sees a sampled action as the environment executes it.
+    Names in sorted order, discrete ones as one-hot, each number divided by `max(1, |a|)` without
+    gradient through the divisor: the model sees a sampled action as the environment executes it.
 
     Args:
       actions: {name: [..., n]}.
@@ -126,5 +136,7 @@ def flatten_actions(actions: Mapping[str, Array], specs: Mapping[str, ArraySpec]
 
 def zero_actions(specs: Mapping[str, ArraySpec], count: int) -> Actions:
     """Placeholder actions {name: [count, n]} for the start of an episode."""
-    dtypes = {name: jnp.int32 if spec.kind == 'discrete' else jnp.float32 for name, spec in specs.items()}
+    dtypes = {
+        name: jnp.int32 if spec.kind == 'discrete' else jnp.float32 for name, spec in specs.items()
+    }
     return {name: jnp.zeros((count, *spec.shape), dtypes[name]) for name, spec in specs.items()}

@@ -1,4 +1,4 @@
-"""Actor and critic, trained on imagined trajectories and the critic on replayed ones too (paper eq. 5 to 7)."""
+"""Actor and critic, trained on imagination and the critic on replay too (paper eq. 5 to 7)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def imagine_trajectories(
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
 ) -> Imagined:
-    """Imagines H steps from every start state [N, ...] with sampled actions; the key is consumed here."""
+    """Imagines H steps from each start state [N, ...] with sampled actions; consumes the key."""
     params, slow_critic, start = sg((params, slow_critic, start))
     bins = two_hot_bins(config.bins)
 
@@ -66,7 +66,13 @@ def imagine_trajectories(
         return action_lib.flatten_actions(actions, action_specs), record
 
     latents, last, (actions, slow_value, reward, continue_) = rssm.imagine(
-        networks.dynamics, params['dynamics'], start, act, config.imagination_length, key, unimix=config.unimix
+        networks.dynamics,
+        params['dynamics'],
+        start,
+        act,
+        config.imagination_length,
+        key,
+        unimix=config.unimix,
     )
     last_reward, last_continue = score(last)
     return Imagined(
@@ -125,13 +131,15 @@ def actor_critic_losses(
     advantage = (result - value[:, :-1]) / scale
     weight = returns.trajectory_weights(imagined.continue_.T)[:, :-1]
 
-    policy = action_lib.make_policy(networks.actor(params['actor'], *imagined.state), action_specs, config)
+    policy = action_lib.make_policy(
+        networks.actor(params['actor'], *imagined.state), action_specs, config
+    )
     entropy = action_lib.entropy(policy).T
     actor = losses.actor_loss(
         action_lib.log_prob(policy, imagined.actions).T, entropy, advantage, weight,
         entropy_scale=config.entropy_scale,
     )  # fmt: skip
-    # The logits stay time-major: transposing the small targets is cheap, transposing [H, N, K] is not.
+    # The logits stay time-major: transposing the small targets is cheap, unlike [H, N, K].
     critic = losses.critic_loss(
         logits, result.T, imagined.slow_value, bins, slow_scale=config.slow_critic_scale
     )
@@ -167,12 +175,14 @@ def _replay_critic_loss(
     imagined_return: Array,
     config: AgentConfig,
 ) -> tuple[Array, Array]:
-    """Critic loss on real rewards, [B, T - 1], and the slow critic's values of the replayed states [B, T].
+    """Critic loss on real rewards [B, T - 1], and the slow critic's values of these states [B, T].
 
     The return bootstraps from `imagined_return` [N]; steps that end an episode have weight 0.
     """
     state = (latent.deter, rssm.flat(latent.stoch))
-    reward, is_last, is_terminal = (x[:, 1:] for x in (batch.reward, batch.is_last, batch.is_terminal))
+    reward, is_last, is_terminal = (
+        x[:, 1:] for x in (batch.reward, batch.is_last, batch.is_terminal)
+    )
     result = returns.replay_lambda_returns(
         reward,
         is_last,

@@ -8,7 +8,6 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dreamerv3_jax import policy, sharding, update
 from dreamerv3_jax.actions import zero_actions
@@ -42,7 +41,7 @@ class Agent:
         observation_specs: Mapping[str, ArraySpec],
         action_specs: Mapping[str, ArraySpec],
         config: AgentConfig | Mapping[str, Any],
-        mesh: Mesh | None = None,
+        mesh: sharding.Devices | None = None,
     ) -> None:
         """Builds the networks; nothing is allocated or compiled yet.
 
@@ -54,7 +53,9 @@ class Agent:
         """
         self.observation_specs = dict(sorted(observation_specs.items()))
         self.action_specs = dict(sorted(action_specs.items()))
-        self.config = config if isinstance(config, AgentConfig) else AgentConfig.from_mapping(config)
+        self.config = (
+            config if isinstance(config, AgentConfig) else AgentConfig.from_mapping(config)
+        )
         self.mesh = mesh or sharding.make_mesh(data=1)
         self.networks = make_networks(self.observation_specs, self.action_specs, self.config)
         self._optimizer = make_optimizer(self.config)
@@ -63,8 +64,12 @@ class Agent:
             policy.act, self.networks, action_specs=self.action_specs, config=self.config
         )
 
-        def keyed(mode: bool, params: Any, state: Any, observation: Any, is_first: Any, seed: Any) -> Any:
-            return act(params, state, observation, is_first, jax.random.wrap_key_data(seed), mode=mode)
+        def keyed(
+            mode: bool, params: Any, state: Any, observation: Any, is_first: Any, seed: Any
+        ) -> Any:
+            return act(
+                params, state, observation, is_first, jax.random.wrap_key_data(seed), mode=mode
+            )
 
         self._policy = jax.jit(keyed, static_argnums=0)
 
@@ -74,24 +79,27 @@ class Agent:
         observation_space: gymnasium.Space,
         action_space: gymnasium.Space,
         config: AgentConfig | Mapping[str, Any],
-        mesh: Mesh | None = None,
+        mesh: sharding.Devices | None = None,
     ) -> Self:
-        """Builds the agent for gymnasium spaces; the adapters in `spaces` convert between both worlds."""
+        """Builds the agent for gymnasium spaces; the adapters in `spaces` convert between both."""
         observation_specs = ObservationAdapter(observation_space).specs
         return cls(observation_specs, ActionAdapter(action_space).specs, config, mesh)
 
     def init(self, seed: int) -> TrainState:
         """Returns a fresh state, placed on the mesh."""
-        observation = {name: np.zeros((1, *spec.shape), spec.dtype) for name, spec in self.observation_specs.items()}
 
         def create(seed_: jax.Array) -> TrainState:
+            observation = {
+                name: jnp.zeros((1, *spec.shape), spec.dtype)
+                for name, spec in self.observation_specs.items()
+            }
             return init_train_state(self.networks, self._optimizer, observation, seed_)
 
         shardings = sharding.state_sharding(self.mesh, jax.eval_shape(create, np.uint32(seed)))
         return jax.jit(create, out_shardings=shardings)(np.uint32(seed))
 
     def initial_policy_state(self, count: int) -> PolicyState:
-        """State of `count` environments before their first observation, which has to be `is_first`."""
+        """State of `count` environments before the first observation, which must be `is_first`."""
         config, dtype = self.config, compute_dtype(self.config)
         deter = jnp.zeros((count, config.deter), dtype)
         stoch = jnp.zeros((count, config.stoch, config.classes), dtype)
@@ -117,7 +125,8 @@ class Agent:
           mode: the most probable action instead of a sample.
 
         Returns:
-          The new state, actions {name: [N, n]} (continuous ones not clipped), and the latents to store.
+          The new state, actions {name: [N, n]} (continuous ones not clipped), and the latents to
+          store.
         """
         words = np.array(seed, np.uint32)
         return self._policy(mode, params, state, dict(observation), is_first, words)
@@ -126,22 +135,25 @@ class Agent:
         """Compiles the update for batches of these shapes; otherwise its first call does."""
         steps = (batch_size, batch_length + 1)
 
-        def arrays(specs: Mapping[str, ArraySpec]) -> dict[str, Any]:
-            return {name: np.broadcast_to(np.zeros((), spec.dtype), (*steps, *spec.shape)) for name, spec in specs.items()}
+        def arrays(specs: Mapping[str, ArraySpec]) -> dict[str, jax.Array]:
+            return {
+                name: jnp.zeros((*steps, *spec.shape), spec.dtype) for name, spec in specs.items()
+            }
 
-        flag, config = np.zeros(steps, bool), self.config
-        self._compile(
-            Batch(
+        def batch() -> Batch:
+            flag, config = jnp.zeros(steps, bool), self.config
+            return Batch(
                 arrays(self.observation_specs),
                 arrays(self.action_specs),
-                np.zeros(steps, np.float32),
+                jnp.zeros(steps, jnp.float32),
                 flag,
                 flag,
                 flag,
-                np.zeros((batch_size, config.deter), np.float32),
-                np.zeros((batch_size, config.stoch), np.uint8),
+                jnp.zeros((batch_size, config.deter), jnp.float32),
+                jnp.zeros((batch_size, config.stoch), jnp.uint8),
             )
-        )
+
+        self._compile(jax.eval_shape(batch))
 
     def _compile(self, batch: Batch) -> None:
         function = functools.partial(
@@ -180,4 +192,7 @@ class Agent:
     def parameter_counts(self) -> dict[str, int]:
         """Number of trained parameters by network; computed from shapes."""
         params = jax.eval_shape(lambda: self.init(0)).params
-        return {name: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+        return {
+            name: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+            for name, tree in params.items()
+        }

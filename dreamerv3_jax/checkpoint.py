@@ -1,5 +1,10 @@
 """Checkpoints of a run: train state, replay and counters in one atomic step of an orbax manager."""
 
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -14,7 +19,8 @@ KEEP = 2
 
 
 def latest_step(folder: Path) -> int | None:
-    """Step of the newest complete checkpoint in a folder, which is not touched."""
+    """Step of the newest checkpoint in a folder; one that is still being written has another
+    name."""
     steps = [int(path.name) for path in folder.glob('*') if path.name.isdigit()]
     return max(steps, default=None)
 
@@ -28,59 +34,142 @@ class Saved(NamedTuple):
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints in one folder; the newest `KEEP` are kept."""
+    """Writes and reads the checkpoints in one folder; the newest `KEEP` are kept.
+
+    A checkpoint that cannot be read is passed over with a warning, and the one before it is taken.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Opens the folder, making it if it is missing."""
+        self._folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        with _silence():
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, saved: Saved) -> None:
-        """Writes a checkpoint; when this returns it is complete on disk."""
+        """Writes a checkpoint; when this returns it is complete on disk.
+
+        Raises:
+          UserError: it cannot be written, for example because the disk is full.
+        """
         if step in self._manager.all_steps():
             return
         items: dict[str, Any] = {'state': ocp.args.StandardSave(saved.state)}
-        counters = dict(saved.counters)
-        if saved.replay is not None:
+        counters = saved.counters | {'layout': _layout(saved.state)}
+        # orbax refuses empty arrays, such as those of a replay before its first step.
+        if saved.replay is not None and all(x.size for x in saved.replay['arrays'].values()):
             arrays = {quote(name, safe=''): array for name, array in saved.replay['arrays'].items()}
             items['replay'] = ocp.args.StandardSave(arrays)
             counters['replay'] = saved.replay['metadata']
         items['counters'] = ocp.args.JsonSave(counters)
-        self._manager.save(step, args=ocp.args.Composite(**items))
-        self._manager.wait_until_finished()
+        try:
+            with _silence():
+                self._manager.save(step, args=ocp.args.Composite(**items))
+                self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f'Cannot write the checkpoint {self._folder / str(step)}: {_one_line(error)}'
+            ) from error
+        for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # of a run that was killed
+            shutil.rmtree(path, ignore_errors=True)
 
     def restore_state(self, abstract: TrainState) -> TrainState:
         """Reads the newest train state onto the shardings of `abstract`.
 
         Raises:
-          UserError: the checkpoint is of another network.
+          UserError: the checkpoint is of another agent, or none can be read.
         """
-        step = self._manager.latest_step()
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        try:
-            return self._manager.restore(step, args=args)['state']
-        except ValueError as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise UserError(f'The checkpoint {step} does not fit this agent: {reason}') from error
+        return self._newest(abstract, with_replay=False)[1].state
 
     def restore(self, abstract: TrainState) -> Saved:
-        """Reads the newest checkpoint."""
-        step = self._manager.latest_step()
-        names = {'counters': ocp.args.JsonRestore()}
-        if (Path(self._manager.directory) / str(step) / 'replay').exists():
-            names['replay'] = ocp.args.StandardRestore()
-        items = self._manager.restore(step, args=ocp.args.Composite(**names))
-        counters, replay = items['counters'], None
-        if 'replay' in names:
-            arrays = {unquote(name): array for name, array in items['replay'].items()}
-            replay = {'arrays': arrays, 'metadata': counters.pop('replay')}
-        return Saved(self.restore_state(abstract), replay, counters)
+        """Reads the newest checkpoint, to go on from there.
+
+        Later ones that cannot be read are renamed, as they would be taken for newer ones again.
+
+        Raises:
+          UserError: the checkpoint is of another agent, or none can be read.
+        """
+        newest, saved = self._newest(abstract, with_replay=True)
+        for step in self._manager.all_steps():
+            if step > newest:
+                (self._folder / str(step)).rename(self._folder / f'damaged-{step}')
+        with _silence():
+            self._manager.reload()
+        return saved
 
     def close(self) -> None:
         """Waits for pending work and lets go of the folder."""
         self._manager.close()
 
+    def _newest(self, abstract: TrainState, *, with_replay: bool) -> tuple[int, Saved]:
+        """Returns the step and the contents of the newest checkpoint that can be read."""
+        reason = ''
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                with _silence():
+                    return step, self._read(step, abstract, with_replay)
+            except (KeyError, OSError, TypeError, ValueError) as error:  # by what is damaged
+                reason = _one_line(error)
+                logging.getLogger(__name__).warning(
+                    'The checkpoint %s is damaged and was passed over: %s',
+                    self._folder / str(step),
+                    reason,
+                )
+        raise UserError(
+            f'{self._folder} holds no checkpoint that can be read ({reason or "it is empty"}); '
+            'delete the folder of the run to start anew.'
+        )
+
+    def _read(self, step: int, abstract: TrainState, with_replay: bool) -> Saved:
+        def read(**items: Any) -> Any:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+        counters = read(counters=ocp.args.JsonRestore())['counters']
+        ours = _layout(abstract)
+        theirs = counters.pop('layout', ours)
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                raise UserError(
+                    f'The checkpoint {self._folder / str(step)} is of another agent: {name} is '
+                    f'{theirs.get(name, "absent")} there and {ours.get(name, "absent")} here.'
+                )
+        metadata, replay = counters.pop('replay', None), None
+        if with_replay and metadata is not None:
+            arrays = read(replay=ocp.args.StandardRestore())['replay']
+            arrays = {unquote(name): array for name, array in arrays.items()}
+            replay = {'arrays': arrays, 'metadata': metadata}
+        return Saved(read(state=ocp.args.StandardRestore(abstract))['state'], replay, counters)
+
 
 def abstract_state(state: Any) -> Any:
     """Shapes, dtypes and shardings of a state, to restore into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def _layout(state: TrainState) -> dict[str, str]:
+    """Dtype and shape of every array by name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): f'{x.dtype}{list(x.shape)}'
+        for path, x in leaves
+    }
+
+
+def _one_line(error: Exception) -> str:
+    text = ' '.join(str(error).split())
+    return text if len(text) <= 400 else f'{text[:100]} ... {text[-300:]}'  # the cause comes last
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Hides what orbax and its threads print about what went wrong; it raises as well."""
+    logger = logging.getLogger('absl')
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,8 +1,8 @@
 """Typed, immutable settings of the agent.
 
-`ml_collections.ConfigDict`s stay at the edge, in presets and on the command line. Inside the library the
-agent's settings are an `AgentConfig`: frozen, hashable and complete. It has no defaults; the published
-values live in `configs/base.py`.
+`ml_collections.ConfigDict`s stay at the edge, in presets and on the command line. Inside the
+library the agent's settings are an `AgentConfig`: frozen, hashable and complete. It has no
+defaults; the published values live in `configs/base.py`.
 """
 
 import dataclasses
@@ -94,7 +94,8 @@ class AgentConfig:
         Raises:
           UserError: with the setting to change.
         """
-        for name in ('deter', 'hidden', 'classes', 'depth', 'units', 'stoch', 'blocks', 'imagination_length'):
+        widths = ('deter', 'hidden', 'classes', 'depth', 'units', 'stoch', 'blocks')
+        for name in (*widths, 'imagination_length'):
             if getattr(self, name) < 1:
                 raise UserError(f'agent.{name} must be at least 1, not {getattr(self, name)}.')
         if self.deter % self.blocks or (self.depth * 4) % self.blocks:
@@ -106,7 +107,8 @@ class AgentConfig:
             raise UserError(f'agent.bins must be an odd number from 3 up, not {self.bins}.')
         if self.compute_dtype not in ('auto', 'float32', 'bfloat16'):
             raise UserError(
-                f"agent.compute_dtype is 'auto', 'float32' or 'bfloat16', not {self.compute_dtype!r}."
+                "agent.compute_dtype is 'auto', 'float32' or 'bfloat16', "
+                f'not {self.compute_dtype!r}.'
             )
 
     @property

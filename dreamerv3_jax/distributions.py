@@ -9,7 +9,7 @@ from dreamerv3_jax.types import Array
 
 
 def unimix(logits: Array, share: float) -> Array:
-    """Log-probabilities of a categorical mixed with the uniform distribution (paper, "World model").
+    """Log-probabilities of a categorical mixed with the uniform one (paper, "World model").
 
     Args:
       logits: [..., C].

@@ -1,23 +1,42 @@
 """Playing episodes with a trained agent."""
 
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import numpy as np
 import scipy.stats
 
-from dreamerv3_jax import checkpoint, envs, run_folder
+from dreamerv3_jax import checkpoint, envs, run_folder, sharding
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
 
 FRAMES_PER_SECOND = 30
+LEAST_SIDE = 256  # pixels of a video; smaller pictures are enlarged
 
 
 class Player:
-    """A trained agent that acts in N environments, with the most probable actions unless told otherwise."""
+    """A trained agent that acts in N environments, with the most probable actions by default.
+
+    Example:
+      Given a run in `runs/cartpole` and its environment:
+
+        observations = ObservationAdapter(env.observation_space)
+        actions = ActionAdapter(env.action_space)
+        player = Player('runs/cartpole', observations.specs, actions.specs)
+        observation, ended = env.reset()[0], False
+        first = True
+        while not ended:
+          flat = {name: x[None] for name, x in observations.convert(observation).items()}
+          action = actions.convert(player.act(flat, np.array([first])), 0)
+          observation, _, terminated, truncated, _ = env.step(action)
+          first, ended = False, terminated or truncated
+    """
 
     def __init__(
         self,
@@ -29,7 +48,7 @@ class Player:
         seed: int = 0,
         sample: bool = False,
     ) -> None:
-        """Loads the newest checkpoint of a run.
+        """Loads the newest checkpoint of a run, onto one device whatever it was trained on.
 
         Args:
           logdir: folder of the run.
@@ -44,18 +63,24 @@ class Player:
         """
         logdir = Path(logdir)
         self.config = run_folder.read_config(logdir)
-        if checkpoint.latest_step(logdir / 'checkpoints') is None:
-            raise UserError(f'{logdir} holds no checkpoint yet; train until the first one is saved.')
+        folder = logdir / 'checkpoints'
+        if checkpoint.latest_step(folder) is None:
+            raise UserError(
+                f'{logdir} holds no checkpoint yet; train until the first one is saved.'
+            )
         self._agent = Agent(observation_specs, action_specs, self.config.agent)
-        checkpointer = checkpoint.Checkpointer(logdir / 'checkpoints')
-        state = checkpoint.abstract_state(jax.eval_shape(lambda: self._agent.init(0)))
-        self._params = checkpointer.restore_state(state).params
+        shapes = jax.eval_shape(lambda: self._agent.init(0))
+        placed = sharding.abstract(shapes, sharding.state_sharding(self._agent.mesh, shapes))
+        checkpointer = checkpoint.Checkpointer(folder)
+        self._params = checkpointer.restore_state(placed).params
         checkpointer.close()
-        self._count, self._seed, self._mode = count, seed, not sample
+        self._seed, self._mode = seed, not sample
         self._calls = 0
         self._state = self._agent.initial_policy_state(count)
 
-    def act(self, observation: Mapping[str, np.ndarray], is_first: np.ndarray) -> dict[str, np.ndarray]:
+    def act(
+        self, observation: Mapping[str, np.ndarray], is_first: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Chooses actions {name: [N, n]} for observations {name: [N, *shape]}.
 
         Args:
@@ -70,12 +95,17 @@ class Player:
 
 
 def evaluate(
-    logdir: Path, *, episodes: int, seed: int = 0, video: Path | None = None, sample: bool = False
+    logdir: Path | str,
+    *,
+    episodes: int,
+    seed: int = 0,
+    video: Path | str | None = None,
+    sample: bool = False,
 ) -> dict[str, Any]:
     """Plays whole episodes with the newest checkpoint of a run.
 
-    The episodes are dealt out among parallel environments beforehand: taking those that end first would
-    favour short ones.
+    The episodes are dealt out among parallel environments beforehand: taking those that end first
+    would favour short ones.
 
     Args:
       logdir: folder of the run.
@@ -85,23 +115,29 @@ def evaluate(
       sample: samples actions instead of taking the most probable ones.
 
     Returns:
-      'mean', 'ci95' (half-width of the 95% confidence interval of the mean), 'returns' and 'lengths'.
+      'mean', 'ci95' (half-width of the 95% confidence interval of the mean; not a number for one
+      episode), and per episode 'returns' and 'lengths' (agent steps).
 
     Raises:
       UserError: there is nothing to evaluate, or no way to make the video.
     """
+    logdir = Path(logdir)
     config = run_folder.read_config(logdir)
     config.env.num_envs = count = min(episodes, config.env.num_envs)
-    writer = _video_writer(video) if video else None
     quota = np.array([len(range(index, episodes, count)) for index in range(count)])
     returns, lengths = np.zeros(count), np.zeros(count, np.int64)
     finished: dict[str, list[float]] = {'returns': [], 'lengths': []}
-    with envs.make(config.env, run_folder.derived_seed(seed, 2**31), render=video is not None) as env:
+    if video is not None:  # pygame, which many environments draw with, needs no screen then
+        os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
+    env_seed = run_folder.derived_seed(seed, 2**31)
+    with (
+        _Film(None if video is None else Path(video)) as film,
+        envs.make(config.env, env_seed, render=video is not None) as env,
+    ):
         player = Player(
             logdir, env.observation_specs, env.action_specs, count=count, seed=seed, sample=sample
         )
         records, finals = env.reset(), None
-        filming = writer is not None
         while quota.any():
             for streams, part in _in_order(records, finals):
                 first = streams[part.is_first]
@@ -112,32 +148,73 @@ def evaluate(
                     finished['returns'].append(float(returns[stream]))
                     finished['lengths'].append(int(lengths[stream]))
                     quota[stream] -= 1
-                    filming = filming and stream != 0
-            if filming:
-                writer.append_data(_picture(env, records))
+                    film.running = film.running and stream != 0
+            if film.running:
+                film.add(_picture(env, records))
             actions = player.act(records.observation, records.is_first)
             records, finals = env.step(actions)
-    if writer is not None:
-        writer.close()
     values = np.array(finished['returns'])
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    ci95 = float(error * scipy.stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else float('nan')
+    ci95 = float('nan')
+    if episodes > 1:
+        ci95 = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, episodes - 1))
     return {'mean': float(values.mean()), 'ci95': ci95, **finished}
 
 
-def _in_order(records: envs.Records, finals: envs.FinalRecords | None) -> list[tuple[np.ndarray, envs.Records]]:
+def _in_order(
+    records: envs.Records, finals: envs.FinalRecords | None
+) -> list[tuple[np.ndarray, envs.Records]]:
     parts = [] if finals is None else [(finals.streams, finals.records)]
     return [*parts, (np.arange(len(records.reward)), records)]
 
 
-def _video_writer(path: Path) -> Any:
-    try:
-        import imageio
-    except ImportError as error:
-        raise UserError('Videos need imageio; pip install "dreamerv3-jax[video]".') from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {'macro_block_size': 1} if path.suffix == '.mp4' else {'loop': 0}
-    return imageio.get_writer(path, fps=FRAMES_PER_SECOND, **options)
+class _Film:
+    """A video file, opened when the first picture comes; without a path it takes none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.running = path is not None
+        self._path = path
+        self._writer: Any = None
+        if path is not None:
+            try:
+                import imageio
+
+                self._open = imageio.get_writer
+            except ImportError as error:
+                raise UserError(
+                    'Videos need imageio; pip install "dreamerv3-jax[video]".'
+                ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, picture: np.ndarray) -> None:
+        """Appends [H, W, 3] `uint8`."""
+        factor = -(-LEAST_SIDE // max(picture.shape[:2]))
+        picture = picture.repeat(factor, 0).repeat(factor, 1)
+        # The usual video formats halve the resolution of colours: both sides have to be even.
+        picture = np.pad(picture, [(0, side % 2) for side in picture.shape[:2]] + [(0, 0)], 'edge')
+        with warnings.catch_warnings():
+            # ffmpeg starts with the first picture. Its process runs no Python, so it cannot meet
+            # the deadlock that JAX warns of.
+            warnings.filterwarnings('ignore', r'os\.fork\(\)', RuntimeWarning)
+            self._writer = self._writer or self._start()
+            self._writer.append_data(picture)
+
+    def _start(self) -> Any:
+        assert self._path is not None
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.suffix == '.gif':
+            return self._open(self._path, duration=1000 / FRAMES_PER_SECOND, loop=0)
+        return self._open(self._path, fps=FRAMES_PER_SECOND, macro_block_size=1)
 
 
 def _picture(env: envs.VectorEnvironment, records: envs.Records) -> np.ndarray:

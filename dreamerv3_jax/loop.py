@@ -42,7 +42,8 @@ class Trainer:
         """Builds everything, restores the newest checkpoint and prints what the run will be."""
         self._config, self._logdir = config, logdir
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        counters = dict.fromkeys(('ticks', 'steps', 'frames', 'episodes', 'updates'), 0)
+        names = ('ticks', 'steps', 'frames', 'episodes', 'updates')
+        counters: dict[str, Any] = dict.fromkeys(names, 0)
         folder = logdir / 'checkpoints'
         resumed = checkpoint.latest_step(folder)
         # Each start seeds its environments anew, or it would play the first episodes once more.
@@ -83,8 +84,8 @@ class Trainer:
             self._progress.message(message)
         if resumed is not None:
             self._progress.message(
-                f'Going on at {self.counters["frames"]:,} frames and {self.counters["updates"]:,} updates; '
-                f'the environments start new episodes.'
+                f'Going on at {self.counters["frames"]:,} frames and '
+                f'{self.counters["updates"]:,} updates; the environments start new episodes.'
             )
         self._timer = Timer()
         self._pending: tuple[Any, StoredLatent] | None = None  # latents to write back
@@ -108,7 +109,8 @@ class Trainer:
         run = self._config.run
         if self.counters['frames'] >= run.steps:
             self._progress.message(
-                f'The run is complete; go on with --config.run.steps above {self.counters["frames"]}.'
+                'The run is complete; go on with --config.run.steps above '
+                f'{self.counters["frames"]}.'
             )
             return
         started = time.monotonic()
@@ -121,7 +123,9 @@ class Trainer:
             while self.counters['frames'] < run.steps:
                 self.tick()
                 now = time.monotonic()
-                self._progress.update(self.counters['frames'], self.counters['updates'], self._timer.shares())
+                self._progress.update(
+                    self.counters['frames'], self.counters['updates'], self._timer.shares()
+                )
                 if now - logged >= run.log_every:
                     self.log()
                     logged = now
@@ -157,7 +161,7 @@ class Trainer:
             )
             actions, latent = jax.device_get((actions, latent))
         with self._timer.section('replay'):
-            self._replay.add(replay_step(records, actions, latent))
+            self._replay.add(replay_step(records, actions, latent._asdict()))
         self.counters['ticks'] += 1
         self.counters['steps'] += int(np.sum(~records.is_last))
         self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
@@ -194,10 +198,14 @@ class Trainer:
     def _final_step(self, records: envs.Records) -> dict[str, np.ndarray]:
         """A terminal record that no policy saw. Its latent is never used: a reset follows."""
         count, config = len(records.reward), self._agent.config
-        actions = {name: np.zeros((count, *spec.shape), spec.dtype) for name, spec in self._agent.action_specs.items()}
-        latent = StoredLatent(
-            np.zeros((count, config.deter), np.float32), np.zeros((count, config.stoch), np.uint8)
-        )
+        actions = {
+            name: np.zeros((count, *spec.shape), spec.dtype)
+            for name, spec in self._agent.action_specs.items()
+        }
+        latent = {
+            'deter': np.zeros((count, config.deter), np.float32),
+            'stoch': np.zeros((count, config.stoch), np.uint8),
+        }
         return replay_step(records, actions, latent)
 
     def _count_episodes(self, streams: np.ndarray, records: envs.Records) -> None:
@@ -235,11 +243,14 @@ class Trainer:
         config, agent = self._config, self._agent
         counts = agent.parameter_counts()
         devices = jax.devices()
-        per_update = config.replay.batch_size * config.replay.batch_length / config.replay.train_ratio
+        per_update = (
+            config.replay.batch_size * config.replay.batch_length / config.replay.train_ratio
+        )
         memory = step_bytes * config.replay.capacity / 1e9
         rows = {
             'run': f'{self._logdir} (preset {preset}, seed {config.seed})',
-            'environment': f'{config.env.id}, {self._env.num_envs} in parallel, repeat {config.env.repeat}',
+            'environment': f'{config.env.id}, {self._env.num_envs} in parallel, '
+            f'repeat {config.env.repeat}',
             'observation': _list_specs(agent.observation_specs),
             'action': _list_specs(agent.action_specs),
             'parameters': f'{sum(counts.values()):,} ({config.size}): '
@@ -248,8 +259,8 @@ class Trainer:
             f'mesh data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}',
             'replay': f'{config.replay.capacity:,} steps x {step_bytes:,} bytes = {memory:.2f} GB '
             + ('on disk' if config.replay.on_disk else 'of memory'),
-            'training': f'one update every {per_update:g} steps (train ratio {config.replay.train_ratio:g}), '
-            f'until {config.run.steps:,} frames',
+            'training': f'one update every {per_update:g} steps '
+            f'(train ratio {config.replay.train_ratio:g}), until {config.run.steps:,} frames',
         }
         for name, text in rows.items():
             self._progress.message(f'{name:12} {text}')
@@ -266,8 +277,13 @@ def _list_specs(specs: Mapping[str, ArraySpec]) -> str:
 
 def replay_specs(agent: Agent) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of everything that one replay step holds."""
-    specs = {f'observation/{name}': (spec.shape, spec.dtype) for name, spec in agent.observation_specs.items()}
-    specs |= {f'action/{name}': (spec.shape, spec.dtype) for name, spec in agent.action_specs.items()}
+    specs = {
+        f'observation/{name}': (spec.shape, spec.dtype)
+        for name, spec in agent.observation_specs.items()
+    }
+    specs |= {
+        f'action/{name}': (spec.shape, spec.dtype) for name, spec in agent.action_specs.items()
+    }
     specs |= {'reward': ((), np.dtype(np.float32))}
     specs |= {name: ((), np.dtype(bool)) for name in FLAGS}
     specs |= {'deter': ((agent.config.deter,), np.dtype(np.float32))}
@@ -276,23 +292,23 @@ def replay_specs(agent: Agent) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def replay_step(
-    records: envs.Records, actions: Mapping[str, np.ndarray], latent: StoredLatent
+    records: envs.Records, actions: Mapping[str, np.ndarray], latent: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """One replay step of every stream: records with the actions chosen from them, zero where is_last."""
+    """One step of every stream: records with the actions chosen from them, zero where is_last."""
     step = {f'observation/{name}': value for name, value in records.observation.items()}
     for name, value in actions.items():
         ended = records.is_last.reshape(-1, *(1,) * (value.ndim - 1))
         step[f'action/{name}'] = np.where(ended, np.zeros((), value.dtype), value)
     step |= {name: getattr(records, name) for name in ('reward', *FLAGS)}
-    return step | latent._asdict()
+    return step | latent
 
 
 def to_batch(sampled: dict[str, np.ndarray]) -> Batch:
     """Arranges what `Replay.sample` returns as the update wants it."""
-    parts: dict[str, dict[str, np.ndarray]] = {'observation': {}, 'action': {}}
+    fields: dict[str, Any] = {'observation': {}, 'action': {}}
     for name, value in sampled.items():
         part, slash, rest = name.partition('/')
         if slash:
-            parts[part][rest] = value
-    rest_fields = {name: sampled[name] for name in ('reward', *FLAGS, 'deter', 'stoch')}
-    return Batch(**parts, **rest_fields)
+            fields[part][rest] = value
+    fields |= {name: sampled[name] for name in ('reward', *FLAGS, 'deter', 'stoch')}
+    return Batch(**fields)

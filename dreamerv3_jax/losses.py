@@ -1,4 +1,4 @@
-"""Losses as functions of arrays: predictions and targets in, one loss per step out, always float32."""
+"""Losses as functions of arrays: predictions and targets in, one float32 loss per step out."""
 
 import chex
 import jax
@@ -13,14 +13,14 @@ sg = jax.lax.stop_gradient
 
 
 def two_hot_loss(logits: Array, target: Array, bins: np.ndarray) -> Array:
-    """Cross entropy between the softmax of `logits` [..., K] and two-hot `target` [...] -> [...]."""
+    """Cross entropy of the softmax of `logits` [..., K] with two-hot `target` [...] -> [...]."""
     chex.assert_shape(target, logits.shape[:-1])
     logits = logits.astype(jnp.float32)
     return jax.nn.logsumexp(logits, -1) - jnp.sum(two_hot(target, bins) * logits, -1)
 
 
 def continue_loss(logit: Array, is_terminal: Array, *, discount: float) -> Array:
-    """Binary cross entropy of `logit` [...] with the soft target `(1 - is_terminal) discount` -> [...].
+    """Binary cross entropy of `logit` [...] with soft target `(1 - is_terminal) discount` -> [...].
 
     The discount in the target makes the predicted probability contain it (published code).
     """
@@ -30,13 +30,13 @@ def continue_loss(logit: Array, is_terminal: Array, *, discount: float) -> Array
 
 
 def continuous_loss(prediction: Array, target: Array) -> Array:
-    """Squared error of `prediction` [..., n] to `symlog(target)`, summed over the vector -> [...]."""
+    """Squared error of `prediction` [..., n] to `symlog(target)`, summed over a vector -> [...]."""
     chex.assert_equal_shape([prediction, target])
     return jnp.sum(jnp.square(prediction - symlog(target.astype(jnp.float32))), -1)
 
 
 def discrete_loss(logits: Array, target: Array, classes: tuple[int, ...]) -> Array:
-    """Cross entropy of `logits` [..., sum(classes)] with integer `target` [..., n], summed -> [...]."""
+    """Cross entropy of `logits` [..., sum(classes)] with int `target` [..., n], summed -> [...]."""
     chex.assert_axis_dimension(logits, -1, sum(classes))
     chex.assert_axis_dimension(target, -1, len(classes))
     total, start = jnp.zeros(logits.shape[:-1]), 0
@@ -62,11 +62,13 @@ def image_loss(prediction: Array, target: Array) -> Array:
     return jnp.sum(jnp.square(error), (-3, -2, -1))
 
 
-def kl_losses(log_posterior: Array, log_prior: Array, *, free_nats: float) -> tuple[Array, Array, Array]:
+def kl_losses(
+    log_posterior: Array, log_prior: Array, *, free_nats: float
+) -> tuple[Array, Array, Array]:
     """Dynamics and representation losses with free bits (paper eq. 3).
 
-    `dyn = max(free, KL(sg(post) || prior))`, `rep = max(free, KL(post || sg(prior)))`. The KL is summed over
-    the groups before it is clipped.
+    `dyn = max(free, KL(sg(post) || prior))`, `rep = max(free, KL(post || sg(prior)))`. The KL is
+    summed over the groups before it is clipped.
 
     Args:
       log_posterior: [..., S, C] normalised log-probabilities.
@@ -109,8 +111,8 @@ def critic_loss(
 ) -> Array:
     """Cross entropy to the returns plus the same to the slow critic's values (paper eq. 7).
 
-    `CE(critic, sg(R)) + slow_scale * CE(critic, sg(slow value))`. Cross entropy is linear in its target, so
-    both share one pass over the logits.
+    `CE(critic, sg(R)) + slow_scale * CE(critic, sg(slow value))`. Cross entropy is linear in its
+    target, so both share one pass over the logits.
 
     Args:
       logits: [..., K].

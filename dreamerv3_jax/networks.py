@@ -53,9 +53,16 @@ class Networks:
         """
         cell = self.dynamics.module
         deter, stoch = jnp.zeros((1, cell.deter)), jnp.zeros((1, cell.stoch * cell.classes))
-        inputs = {field.name: (deter, stoch) for field in dataclasses.fields(self)}
+        inputs: dict[str, tuple[Any, ...]] = {
+            field.name: (deter, stoch) for field in dataclasses.fields(self)
+        }
         inputs['encoder'] = (observation,)
-        inputs['dynamics'] = (deter, stoch, jnp.zeros((1, cell.action)), jnp.zeros((1, cell.tokens)))
+        inputs['dynamics'] = (
+            deter,
+            stoch,
+            jnp.zeros((1, cell.action)),
+            jnp.zeros((1, cell.tokens)),
+        )
         return {
             name: getattr(self, name).init(jax.random.fold_in(key, index), *arguments)
             for index, (name, arguments) in enumerate(sorted(inputs.items()))
@@ -63,7 +70,9 @@ class Networks:
 
 
 def make_networks(
-    observation_specs: Mapping[str, ArraySpec], action_specs: Mapping[str, ArraySpec], config: AgentConfig
+    observation_specs: Mapping[str, ArraySpec],
+    action_specs: Mapping[str, ArraySpec],
+    config: AgentConfig,
 ) -> Networks:
     """Builds all networks for the given spaces; nothing is allocated."""
     dtype = compute_dtype(config)
@@ -105,14 +114,21 @@ def make_networks(
         reward=head(config.reward_layers, config.bins, 0.0),
         continue_=head(config.continue_layers, 1, 1.0),
         actor=Network(
-            Actor(action_specs, state, config.actor_layers, config.units, config.actor_output_scale, dtype)
+            Actor(
+                action_specs,
+                state,
+                config.actor_layers,
+                config.units,
+                config.actor_output_scale,
+                dtype,
+            )
         ),
         critic=head(config.critic_layers, config.bins, 0.0),
     )
 
 
 def compute_dtype(config: AgentConfig) -> jnp.dtype:
-    """The dtype of products and activations: bfloat16 on accelerators, float32 on CPU, unless it is set."""
+    """Dtype of products and activations: unless set, bfloat16 on accelerators, float32 on CPU."""
     if config.compute_dtype == 'auto':
         return jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
     return jnp.dtype(config.compute_dtype)

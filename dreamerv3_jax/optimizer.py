@@ -27,16 +27,19 @@ def clip_by_tensor_norm(clip: float, floor: float) -> optax.GradientTransformati
 class LaPropState(NamedTuple):
     """Moments of `scale_by_laprop`."""
 
-    count: Array  # [] int32
+    updates: Array  # [] int32
     mean_square: optax.Updates  # like the parameters
     momentum: optax.Updates  # like the parameters
 
 
-def scale_by_laprop(momentum: float, rms_decay: float, epsilon: float) -> optax.GradientTransformation:
-    """LaProp: gradients are divided by their root mean square first, then averaged, both bias-corrected.
+def scale_by_laprop(
+    momentum: float, rms_decay: float, epsilon: float
+) -> optax.GradientTransformation:
+    """LaProp: divides gradients by their root mean square, then averages, both bias-corrected.
 
-    Momentum over normalised gradients keeps one large gradient from dominating the average as in Adam. The
-    published code uses a decay of 0.999 for the mean square where the paper's text says 0.99.
+    Momentum over normalised gradients keeps one large gradient from dominating the average as in
+    Adam. The published code uses a decay of 0.999 for the mean square where the paper's text says
+    0.99.
     """
 
     def init(params: optax.Params) -> LaPropState:
@@ -47,16 +50,22 @@ def scale_by_laprop(momentum: float, rms_decay: float, epsilon: float) -> optax.
         grads: optax.Updates, state: LaPropState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LaPropState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.updates)
         square_correction = 1 / (1 - rms_decay ** count.astype(jnp.float32))
         momentum_correction = 1 / (1 - momentum ** count.astype(jnp.float32))
         mean_square = jax.tree.map(
-            lambda mean, grad: rms_decay * mean + (1 - rms_decay) * jnp.square(grad), state.mean_square, grads
+            lambda mean, grad: rms_decay * mean + (1 - rms_decay) * jnp.square(grad),
+            state.mean_square,
+            grads,
         )
         average = jax.tree.map(
-            lambda mean, grad, square: momentum * mean
-            + (1 - momentum) * grad / (jnp.sqrt(square * square_correction) + epsilon),
-            state.momentum, grads, mean_square,
+            lambda mean, grad, square: (
+                momentum * mean
+                + (1 - momentum) * grad / (jnp.sqrt(square * square_correction) + epsilon)
+            ),
+            state.momentum,
+            grads,
+            mean_square,
         )
         updates = jax.tree.map(lambda mean: mean * momentum_correction, average)
         return updates, LaPropState(count, mean_square, average)
@@ -65,7 +74,7 @@ def scale_by_laprop(momentum: float, rms_decay: float, epsilon: float) -> optax.
 
 
 def make_optimizer(config: AgentConfig) -> optax.GradientTransformation:
-    """Clipping, LaProp, then the learning rate, which rises linearly from 0 over the first updates."""
+    """Clipping, LaProp, then the learning rate, rising linearly from 0 over the first updates."""
     schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_updates)
     return optax.chain(
         clip_by_tensor_norm(config.gradient_clip, config.gradient_clip_floor),

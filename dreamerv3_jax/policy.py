@@ -34,12 +34,13 @@ def act(
       observation: {name: [N, *shape]}.
       is_first: [N] bool; the state is reset there.
       key: consumed here.
-      mode: takes the most probable action instead of a sample (the latent is sampled in any case).
+      mode: takes the most probable action, not a sample (the latent is sampled in any case).
       action_specs: of the action.
       config: settings.
 
     Returns:
-      The new state, the actions {name: [N, n]} (continuous ones not clipped) and the latent to store.
+      The new state, the actions {name: [N, n]} (continuous ones not clipped) and the latent to
+      store.
     """
     latent_key, action_key = jax.random.split(key)
     previous = action_lib.flatten_actions(state.action, action_specs)

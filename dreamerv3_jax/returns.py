@@ -8,7 +8,7 @@ from dreamerv3_jax.types import Array
 
 
 def _discounted(addend: Array, factor: Array, last: Array) -> Array:
-    """Solves `R_t = addend_t + factor_t R_{t+1}` backwards for [N, L] arrays with `R_L = last` [N]."""
+    """Solves `R_t = addend_t + factor_t R_{t+1}` backwards, [N, L], with `R_L = last` [N]."""
 
     def step(later: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         now = inputs[0] + inputs[1] * later
@@ -21,8 +21,8 @@ def _discounted(addend: Array, factor: Array, last: Array) -> Array:
 def lambda_returns(reward: Array, continue_: Array, value: Array, *, lambda_: float) -> Array:
     """Returns of imagined trajectories.
 
-    `R_t = r_{t+1} + c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})`, `R_H = v_H` for t = 0..H-1, where the
-    continue probability c already contains the discount.
+    `R_t = r_{t+1} + c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})`, `R_H = v_H` for t = 0..H-1,
+    where the continue probability c already contains the discount.
 
     Args:
       reward: [N, H + 1] float32; the first is not used.
@@ -36,17 +36,25 @@ def lambda_returns(reward: Array, continue_: Array, value: Array, *, lambda_: fl
     chex.assert_rank(reward, 2)
     chex.assert_equal_shape([reward, continue_, value])
     reward, continue_, value = reward[:, 1:], continue_[:, 1:], value[:, 1:]
-    return _discounted(reward + continue_ * (1 - lambda_) * value, continue_ * lambda_, value[:, -1])
+    return _discounted(
+        reward + continue_ * (1 - lambda_) * value, continue_ * lambda_, value[:, -1]
+    )
 
 
 def replay_lambda_returns(
-    reward: Array, is_last: Array, is_terminal: Array, bootstrap: Array, *, discount: float, lambda_: float
+    reward: Array,
+    is_last: Array,
+    is_terminal: Array,
+    bootstrap: Array,
+    *,
+    discount: float,
+    lambda_: float,
 ) -> Array:
     """Returns of replayed trajectories, bootstrapped from imagined returns.
 
-    `R_t = r_{t+1} + live_{t+1} ((1 - cont_{t+1}) b_{t+1} + cont_{t+1} R_{t+1})`, the last R is b, with
-    `live = (1 - is_terminal) discount` and `cont = (1 - is_last) lambda`. A truncated episode bootstraps, a
-    terminated one does not.
+    `R_t = r_{t+1} + live_{t+1} ((1 - cont_{t+1}) b_{t+1} + cont_{t+1} R_{t+1})`, the last R is b,
+    with `live = (1 - is_terminal) discount` and `cont = (1 - is_last) lambda`. A truncated episode
+    bootstraps, a terminated one does not.
 
     Args:
       reward: [B, T] float32.
@@ -68,7 +76,7 @@ def replay_lambda_returns(
 
 
 def trajectory_weights(continue_: Array) -> Array:
-    """Probability `w_t = c_0 c_1 ... c_t` that an imagined trajectory is still going on at each step.
+    """Probability `w_t = c_0 c_1 ... c_t` that an imagined trajectory still goes on at each step.
 
     The start state's own continue prediction is included, so a terminal start has a weight near 0.
 

@@ -28,7 +28,9 @@ def flat(stoch: Array) -> Array:
 
 def restore_latent(stored: StoredLatent, config: AgentConfig, dtype: jnp.dtype) -> Latent:
     """Latent [..., D], [..., S, C] from its stored form; without gradient."""
-    return Latent(stored.deter.astype(dtype), jax.nn.one_hot(stored.stoch, config.classes, dtype=dtype))
+    return Latent(
+        stored.deter.astype(dtype), jax.nn.one_hot(stored.stoch, config.classes, dtype=dtype)
+    )
 
 
 def store_latent(latent: Latent) -> StoredLatent:
@@ -91,7 +93,9 @@ def observe_step(
     return Latent(deter, sample_latent(log_posterior, key, deter.dtype)), log_posterior
 
 
-def embed_previous_action(dynamics: Network, params: Params, action: Array, is_first: Array) -> Array:
+def embed_previous_action(
+    dynamics: Network, params: Params, action: Array, is_first: Array
+) -> Array:
     """Embeds flat previous actions [..., A] -> [..., U], zeroed where `is_first` [...]."""
     kept = jnp.where(is_first[..., None], jnp.zeros((), action.dtype), action)
     return dynamics(params, kept, method='embed_action')
@@ -153,14 +157,15 @@ def imagine(
       dynamics: the `RSSMCell`.
       params: of the cell.
       start: [N, ...] latents, one trajectory from each.
-      act: maps a latent and a key to a flat action [N, A] and a tree to record for this step. What it
-        computes there runs while the latent is in the cache.
+      act: maps a latent and a key to a flat action [N, A] and a tree to record for this step. What
+        it computes there runs while the latent is in the cache.
       length: H.
       key: consumed here; None takes the most probable latents (and gives `act` a fixed key).
       unimix: share of the uniform distribution.
 
     Returns:
-      The latents [H, N, ...] from the start on, the last latent [N, ...] after them, and the records [H, ...].
+      The latents [H, N, ...] from the start on, the last latent [N, ...] after them, and the
+      records [H, ...].
     """
     keys = jax.random.split(jax.random.key(0) if key is None else key, (length, 2))
 

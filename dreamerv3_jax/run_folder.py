@@ -9,21 +9,29 @@ import numpy as np
 
 from dreamerv3_jax.errors import UserError
 
-MAY_CHANGE = ('logdir', 'run.')  # settings that a later start may change
+MAY_CHANGE = ('logdir', 'mesh.', 'run.')  # settings that a later start may change
 
 
 def create(logdir: Path, config: ml_collections.ConfigDict) -> None:
     """Makes the folder and writes its settings, `config.json`.
 
     Raises:
-      UserError: the folder cannot be written to.
+      UserError: the folder cannot be written to, or a setting cannot be written down.
     """
     try:
+        text = json.dumps(config.to_dict(), indent=2)
         logdir.mkdir(parents=True, exist_ok=True)
-        (logdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+        draft = logdir / 'config.json.draft'
+        draft.write_text(text + '\n')
+        draft.replace(logdir / 'config.json')  # there is no moment without a complete file
+    except TypeError as error:
+        raise UserError(
+            f'config.env.kwargs takes numbers, text, lists and dictionaries only: {error}.'
+        ) from error
     except OSError as error:
         raise UserError(
-            f'Cannot write to {logdir} ({error.strerror}); choose another folder with --config.logdir.'
+            f'Cannot write to {logdir} ({error.strerror}); '
+            'choose another folder with --config.logdir.'
         ) from error
 
 
@@ -36,8 +44,12 @@ def read_config(logdir: Path) -> ml_collections.ConfigDict:
     path = logdir / 'config.json'
     try:
         return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f'{logdir} holds no readable run: {path.name} {error}.') from error
+    except OSError as error:
+        raise UserError(
+            f'{logdir} holds no run: {path.name} cannot be read ({error.strerror}).'
+        ) from error
+    except ValueError as error:
+        raise UserError(f'{path} is damaged: {error}.') from error
 
 
 def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -48,7 +60,7 @@ def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     if not (logdir / 'config.json').exists():
         return
-    old, new = _flat(read_config(logdir).to_dict()), _flat(config.to_dict())
+    old, new = _flat(read_config(logdir)), _flat(config)
     differences = [
         f'{key}: {old.get(key, "absent")} then, {new.get(key, "absent")} now'
         for key in sorted(old.keys() | new.keys())
@@ -57,7 +69,7 @@ def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
     if differences:
         raise UserError(
             f'{logdir} holds a run with other settings ({"; ".join(differences)}); '
-            f'choose another folder with --config.logdir, or the same settings.'
+            'choose another folder with --config.logdir, or the same settings.'
         )
 
 
@@ -66,11 +78,16 @@ def derived_seed(seed: int, start: int) -> int:
     return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
 
 
-def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    result = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            result |= _flat(value, f'{prefix}{key}.')
-        else:
-            result[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return result
+def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Settings by dotted name, with the values that they have when they come back from the file."""
+
+    def items(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        result = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                result |= items(value, f'{prefix}{key}.')
+            else:
+                result[prefix + key] = value
+        return result
+
+    return items(json.loads(json.dumps(config.to_dict(), default=repr)), '')

@@ -1,8 +1,8 @@
 """Devices: the mesh, which axis of which array is split over it, and compiling for it.
 
-The batch is split over both mesh axes. Parameters, optimiser state and slow critic are split over `fsdp`
-(fully sharded data parallelism) by shape, see `state_sharding`. The compiler inserts the communication; the
-same program serves one device and many.
+The batch is split over both mesh axes. Parameters, optimiser state and slow critic are split over
+`fsdp` (fully sharded data parallelism) by shape, see `state_sharding`. The compiler inserts the
+communication; the same program serves one device and many.
 """
 
 import math
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from dreamerv3_jax.errors import UserError
 
+Devices = Mesh  # the name in other files, which only pass it on
 LEAST_SHARDED = 4096  # elements; smaller arrays are cheaper to repeat than to gather
 
 
@@ -97,5 +98,7 @@ def abstract(tree: Any, sharding: Any) -> Any:
     if isinstance(sharding, NamedSharding):
         sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(
-        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where), tree, sharding
+        lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
+        tree,
+        sharding,
     )

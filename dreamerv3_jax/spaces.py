@@ -199,14 +199,14 @@ class _ImageLayout(NamedTuple):
     channels: int
     channel_axis: int | None  # of the box; None if it has none
     scale: float  # from values of the box to 0..255
-    floats: bool
+    dtype: np.dtype
 
     def notices(self, name: str, size: tuple[int, int]) -> list[str]:
         result = []
         if self.channel_axis == 0:
             result.append(f'Observation {name!r} is read as an image with its channels first.')
-        if self.floats:
-            result.append(f'Observation {name!r} is converted from floats to 8-bit pixels.')
+        if self.dtype != np.uint8:
+            result.append(f'Observation {name!r} is converted from {self.dtype} to 8-bit pixels.')
         if (self.height, self.width) != size:
             result.append(
                 f'Observation {name!r} is resized from {self.height}x{self.width} to '
@@ -221,8 +221,9 @@ def _image_layout(space: spaces.Space) -> _ImageLayout | None:
     scale = 1.0
     if space.dtype != np.uint8:
         high = space.high.flat[0] if space.high.size else 0
-        unit = np.all(space.low == 0) and np.all(space.high == high) and high in (1, 255)
-        if space.dtype.kind != 'f' or len(space.shape) != 3 or not unit:
+        usual = (1, 255) if space.dtype.kind == 'f' else (255,)
+        pixels = high in usual and np.all(space.low == 0) and np.all(space.high == high)
+        if len(space.shape) != 3 or not pixels:
             return None
         scale = 255.0 / float(high)
     first, second, *rest = (int(side) for side in space.shape)
@@ -235,7 +236,7 @@ def _image_layout(space: spaces.Space) -> _ImageLayout | None:
         axis, height, width, channels = 2, first, second, rest[0]
     if min(height, width) < 16 or channels < 1:
         return None
-    return _ImageLayout(height, width, channels, axis, scale, space.dtype != np.uint8)
+    return _ImageLayout(height, width, channels, axis, scale, space.dtype)
 
 
 def _common_size(layouts: list[_ImageLayout], requested: tuple[int, int] | None) -> tuple[int, int]:

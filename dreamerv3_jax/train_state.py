@@ -13,8 +13,7 @@ from dreamerv3_jax.normalization import init_return_percentiles
 from dreamerv3_jax.types import Array, Params, ReturnPercentiles
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Arrays only: it can be donated, sharded and written to disk as it is."""
 
     params: dict[str, Params]  # float32, by network
@@ -30,7 +29,10 @@ class TrainState:
 
 
 def init_train_state(
-    networks: Networks, optimizer: optax.GradientTransformation, observation: dict[str, Array], seed: Array
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    observation: dict[str, Array],
+    seed: Array,
 ) -> TrainState:
     """Fresh parameters; the slow critic starts as a copy of the critic.
 

@@ -21,9 +21,9 @@ def symexp(x: Array) -> Array:
 def two_hot_bins(num_bins: int) -> np.ndarray:
     """Returns the bin values `symexp(linspace(-20, 20, num_bins))`, [K] float32 (paper eq. 10).
 
-    Their order is: the negative ones from the smallest magnitude up, the positive ones likewise, then 0.
-    Mirrored bins so lie half an array apart, where they can be paired without reversing anything. One half
-    is computed and mirrored, so the bins are exactly symmetric.
+    Their order is: the negative ones from the smallest magnitude up, the positive ones likewise,
+    then 0. Mirrored bins so lie half an array apart, where they can be paired without reversing
+    anything. One half is computed and mirrored, so the bins are exactly symmetric.
 
     Raises:
       ValueError: `num_bins` is even or less than 3.
@@ -37,8 +37,8 @@ def two_hot_bins(num_bins: int) -> np.ndarray:
 def two_hot(value: Array, bins: np.ndarray) -> Array:
     """Encodes scalars as weights on the two neighbouring bins, linear in the value itself.
 
-    Every weight is a triangle over the bin's neighbourhood, so the code is dense arithmetic: no search, no
-    gather. Values beyond the ends put the whole weight on the end bin.
+    Every weight is a triangle over the bin's neighbourhood, so the code is dense arithmetic: no
+    search, no gather. Values beyond the ends put the whole weight on the end bin.
 
     Args:
       value: [...] float32.
@@ -66,7 +66,8 @@ def two_hot(value: Array, bins: np.ndarray) -> Array:
 def two_hot_mean(logits: Array, bins: np.ndarray) -> Array:
     """Decodes logits to the probability-weighted mean of the bins.
 
-    Bins are summed in pairs from both ends, so uniform probabilities give exactly 0, under jit as well.
+    Bins are summed in pairs from both ends, so uniform probabilities give exactly 0, under jit as
+    well.
 
     Args:
       logits: [..., K].

@@ -28,8 +28,8 @@ class Latent(NamedTuple):
 class Batch(NamedTuple):
     """Replayed sequences: one context step followed by T trained steps.
 
-    The reward at a step is the consequence of the action before it; the action at a step was chosen from
-    that step's observation.
+    The reward at a step is the consequence of the action before it; the action at a step was chosen
+    from that step's observation.
     """
 
     observation: dict[str, Array]  # [B, T + 1, ...]

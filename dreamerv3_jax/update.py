@@ -16,7 +16,9 @@ from dreamerv3_jax.types import Array, Batch, Metrics, Params, ReturnPercentiles
 from dreamerv3_jax.world_model import world_model_losses
 
 
-def loss_scales(observation_specs: Mapping[str, ArraySpec], config: AgentConfig) -> dict[str, float]:
+def loss_scales(
+    observation_specs: Mapping[str, ArraySpec], config: AgentConfig
+) -> dict[str, float]:
     """Weight of every loss by name."""
     return {
         **{f'reconstruction/{name}': config.reconstruction_scale for name in observation_specs},
@@ -56,8 +58,8 @@ def total_loss(
       config: settings.
 
     Returns:
-      The loss [] float32, and as auxiliary results the unreduced losses by name, the new latents [B, T, ...],
-      the new percentiles and the metrics.
+      The loss [] float32, and as auxiliary results the unreduced losses by name, the new latents
+      [B, T, ...], the new percentiles and the metrics.
     """
     model_key, behaviour_key = (None, None) if key is None else jax.random.split(key)
     model = world_model_losses(
@@ -73,7 +75,9 @@ def total_loss(
     assert losses.keys() == scales.keys(), (sorted(losses), sorted(scales))
     means = {name: loss.mean() for name, loss in losses.items()}
     total = jnp.sum(jnp.stack([scales[name] * mean for name, mean in means.items()]))
-    metrics = {f'loss/{name}': mean for name, mean in means.items()} | model.metrics | behaviour.metrics
+    metrics = (
+        {f'loss/{name}': mean for name, mean in means.items()} | model.metrics | behaviour.metrics
+    )
     stored = jax.lax.stop_gradient(rssm.store_latent(model.latent))
     return total, (losses, stored, behaviour.percentiles, metrics)
 
@@ -100,17 +104,21 @@ def update(
       config: settings.
 
     Returns:
-      The new state, the latents [B, T, ...] to write back to the replay, and metrics {name: [] float32}.
+      The new state, the latents [B, T, ...] to write back to the replay, and metrics
+      {name: [] float32}.
     """
     gradient = jax.value_and_grad(total_loss, has_aux=True)
     (total, (_, stored, percentiles, metrics)), grads = gradient(
         state.params, state.slow_critic, state.percentiles, batch, state.key(),
-        networks=networks, observation_specs=observation_specs, action_specs=action_specs, config=config,
+        networks=networks, observation_specs=observation_specs, action_specs=action_specs,
+        config=config,
     )  # fmt: skip
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     rate = config.slow_critic_rate
-    slow_critic = jax.tree.map(lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic'])
+    slow_critic = jax.tree.map(
+        lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic']
+    )
     metrics |= {
         'loss/total': total,
         'optimizer/gradient_norm': optax.tree.norm(grads),

@@ -34,10 +34,10 @@ def world_model_losses(
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
 ) -> WorldModelLosses:
-    """Infers the latents of a batch and scores reconstruction, reward, continue, dynamics, representation.
+    """Infers latents of a batch; scores reconstruction, reward, continue, dynamics, representation.
 
-    The stored latent of the context step is the initial state; the T steps after it are trained on. All
-    gradients flow into the latents.
+    The stored latent of the context step is the initial state; the T steps after it are trained on.
+    All gradients flow into the latents.
 
     Args:
       networks: all networks.
@@ -48,25 +48,29 @@ def world_model_losses(
       action_specs: of the action.
       config: settings.
     """
-    start = rssm.restore_latent(StoredLatent(batch.deter, batch.stoch), config, compute_dtype(config))
+    start = rssm.restore_latent(
+        StoredLatent(batch.deter, batch.stoch), config, compute_dtype(config)
+    )
     previous = flatten_actions(jax.tree.map(lambda x: x[:, :-1], batch.action), action_specs)
-    trained = jax.tree.map(lambda x: x[:, 1:], batch._replace(deter=None, stoch=None))
-    tokens = networks.encoder(params['encoder'], trained.observation)
+    observation, reward, is_first, is_terminal = jax.tree.map(
+        lambda x: x[:, 1:], (batch.observation, batch.reward, batch.is_first, batch.is_terminal)
+    )
+    tokens = networks.encoder(params['encoder'], observation)
     observed = rssm.observe(
-        networks.dynamics, params['dynamics'], start, previous, tokens, trained.is_first, key,
+        networks.dynamics, params['dynamics'], start, previous, tokens, is_first, key,
         unimix=config.unimix,
     )  # fmt: skip
     state = (observed.latent.deter, rssm.flat(observed.latent.stoch))
 
     outputs = networks.decoder(params['decoder'], *state)
     result = {
-        f'reconstruction/{name}': _reconstruction_loss(outputs[name], trained.observation[name], spec)
+        f'reconstruction/{name}': _reconstruction_loss(outputs[name], observation[name], spec)
         for name, spec in observation_specs.items()
     }
     reward_logits = networks.reward(params['reward'], *state)
-    result['reward'] = losses.two_hot_loss(reward_logits, trained.reward, two_hot_bins(config.bins))
+    result['reward'] = losses.two_hot_loss(reward_logits, reward, two_hot_bins(config.bins))
     continue_logit = networks.continue_(params['continue_'], *state)[..., 0]
-    result['continue'] = losses.continue_loss(continue_logit, trained.is_terminal, discount=config.discount)
+    result['continue'] = losses.continue_loss(continue_logit, is_terminal, discount=config.discount)
     result['dynamics'], result['representation'], kl = losses.kl_losses(
         observed.log_posterior, observed.log_prior, free_nats=config.free_nats
     )

@@ -52,7 +52,10 @@ def _layer(path: str) -> list[str]:
         'dyn/obslogit': 'dynamics/posterior_logits',
     }
     hidden = {'dyn/obs0': 'dynamics/posterior_first'}
-    hidden |= {f'dyn/dynin{i}': f'dynamics/{name}_in' for i, name in enumerate(['deter', 'stoch', 'action'])}
+    hidden |= {
+        f'dyn/dynin{i}': f'dynamics/{name}_in'
+        for i, name in enumerate(['deter', 'stoch', 'action'])
+    }
     hidden |= {f'dyn/prior{i}': f'dynamics/prior_hidden/hidden_{i}' for i in range(2)}
     hidden |= {f'enc/mlp{i}': f'encoder/mlp/hidden_{i}' for i in range(3)}
     simple |= {name: f'{ours}/linear' for name, ours in hidden.items()}
@@ -89,7 +92,8 @@ def nested(flat: dict[str, np.ndarray]) -> dict:
             node = node.setdefault(parent, {})
         if leaf in ('kernel', 'bias') and value.shape[-1] == CONFIG.bins:
             value = value[..., bin_order()]
-        if name == 'dec/mlp/linear0/kernel':  # the published decoder alone concatenates stoch before deter
+        # The published decoder alone concatenates stoch before deter.
+        if name == 'dec/mlp/linear0/kernel':
             value = np.roll(value, CONFIG.deter, 0)
         node[leaf] = jnp.asarray(value)
     return tree
@@ -98,17 +102,25 @@ def nested(flat: dict[str, np.ndarray]) -> dict:
 def parameters(data: dict[str, np.ndarray]) -> tuple[dict, dict]:
     """Our parameters, and the slow critic's."""
     named = {name[7:]: value for name, value in data.items() if name.startswith('params:')}
-    slow = {f'val/{name[8:]}': value for name, value in named.items() if name.startswith('slowval/')}
-    trained = {name: value for name, value in named.items() if not name.startswith(('slowval', 'retnorm'))}
+    slow = {
+        f'val/{name[8:]}': value for name, value in named.items() if name.startswith('slowval/')
+    }
+    trained = {
+        name: value for name, value in named.items() if not name.startswith(('slowval', 'retnorm'))
+    }
     return nested(trained), nested(slow)['critic']
 
 
 def batch(data: dict[str, np.ndarray]) -> Batch:
     """The recorded batch, [4, 9]."""
-    value = {name[5:]: jnp.asarray(value) for name, value in data.items() if name.startswith('data:')}
+    value = {
+        name[5:]: jnp.asarray(value) for name, value in data.items() if name.startswith('data:')
+    }
     return Batch(
         observation={
-            'mode': value['mode'][..., None], 'position': value['position'], 'velocity': value['velocity']
+            'mode': value['mode'][..., None],
+            'position': value['position'],
+            'velocity': value['velocity'],
         },
         action={'action': value['action']},
         reward=value['reward'],

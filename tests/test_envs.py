@@ -133,6 +133,12 @@ def test_native_streams_equal_hand_stepped_environments(mode, end):
     env.close()
 
 
+def test_native_reset_ticks_mean_nothing_else():
+    with make('ToyCounter-v0', vectorization='native', kwargs={'junk': True}) as env:
+        expected = hand_stepped('terminated', range(env._seed, env._seed + 2), 40, False)
+        assert stream_of(env, 40) == expected
+
+
 def test_native_needs_resets_and_no_repeat():
     with pytest.raises(UserError, match='does not reset itself'):
         make('ToyCounter-v0', vectorization='native', kwargs={'autoreset': 'Disabled'})
@@ -319,9 +325,9 @@ def test_script_without_main_guard(tmp_path):
     assert result.stderr == ''
 
 
-def test_workers_end_on_close():
-    shared = Path('/dev/shm')
-    before = set(shared.glob('dreamerv3-*')) if shared.exists() else set()
+def test_close_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes.os, 'access', lambda *_: False)  # no memory file system
+    monkeypatch.setattr(processes.tempfile, 'tempdir', str(tmp_path))
     env = make(vectorization='async')
     workers = list(env._workers)
     assert all(worker.is_alive() for worker in workers)
@@ -329,7 +335,7 @@ def test_workers_end_on_close():
     env.close()
     env.close()
     assert [worker.exitcode for worker in workers] == [0, 0]
-    assert not shared.exists() or set(shared.glob('dreamerv3-*')) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_workers_end_with_their_parent():
@@ -432,6 +438,7 @@ def test_numbers_that_are_not_finite(vectorization):
         ('toy_envs:Countre', {}, 'no function .Countre.'),
         ('toy_envs:Nothing-v0', {}, 'There is no environment'),
         ('no_such_module:thing', {}, 'No module named .no_such_module'),
+        ('toy_envs:varying', {}, 'toy_envs:varying makes environments with different spaces'),
         ('toy_envs:fails', {}, 'RuntimeError: no such robot'),
         ('toy_envs:not_an_environment', {}, 'returned str, which is no gymnasium.Env'),
         (COUNTER, {'lenght': 3}, "unexpected keyword argument 'lenght'"),

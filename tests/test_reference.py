@@ -19,28 +19,39 @@ def functions():
 
 
 def close(actual, expected, tolerance=1e-5):
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max() / 100)
+    np.testing.assert_allclose(
+        actual, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max() / 100
+    )
 
 
 def test_two_hot(functions):
     bins = transforms.two_hot_bins(255)
     close(np.sort(bins), functions['twohot_bins'])
     logits, targets = functions['twohot_logits'][:, small.bin_order()], functions['twohot_targets']
-    close(losses.two_hot_loss(jnp.asarray(logits), jnp.asarray(targets), bins), functions['twohot_loss'])
+    close(
+        losses.two_hot_loss(jnp.asarray(logits), jnp.asarray(targets), bins),
+        functions['twohot_loss'],
+    )
     close(transforms.two_hot_mean(jnp.asarray(logits), bins), functions['twohot_pred'])
 
 
 def test_replay_returns(functions):
     term, last = functions['lr_term'] > 0.5, functions['lr_last'] > 0.5
     result = returns.replay_lambda_returns(
-        jnp.asarray(functions['lr_rew']), jnp.asarray(last), jnp.asarray(term), jnp.asarray(functions['lr_boot']),
-        discount=1 - 1 / 333, lambda_=0.95,
-    )  # fmt: skip
+        jnp.asarray(functions['lr_rew']),
+        jnp.asarray(last),
+        jnp.asarray(term),
+        jnp.asarray(functions['lr_boot']),
+        discount=1 - 1 / 333,
+        lambda_=0.95,
+    )
     close(result, functions['lr_ret'])
 
 
 def test_imagined_returns_and_weights(functions):
-    reward, continue_, value = (jnp.asarray(functions[name]) for name in ('lr_rew', 'im_con', 'im_val'))
+    reward, continue_, value = (
+        jnp.asarray(functions[name]) for name in ('lr_rew', 'im_con', 'im_val')
+    )
     close(returns.lambda_returns(reward, continue_, value, lambda_=0.95), functions['im_ret'])
     close(returns.trajectory_weights(continue_), functions['im_weight'])
 
@@ -59,14 +70,20 @@ def test_optimizer(functions):
     state = optimizer.init(params)
     start = params
     for step in range(30):
-        grads = {'w': jnp.asarray(functions['opt_gw'][step]), 'b': jnp.asarray(functions['opt_gb'][step])}
+        grads = {
+            'w': jnp.asarray(functions['opt_gw'][step]),
+            'b': jnp.asarray(functions['opt_gb'][step]),
+        }
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         close(params['w'], functions['opt_w'][step])
         close(params['b'], functions['opt_b'][step])
-    # The parameters hardly move in warm-up, so their movement is compared on its own, to what f32 can show.
+    # The parameters hardly move in warm-up, so their movement is compared on its own, to what f32
+    # can show.
     moved = np.asarray(params['w'] - start['w'])
-    np.testing.assert_allclose(moved, functions['opt_w'][-1] - functions['opt_w0'], rtol=1e-2, atol=1e-7)
+    np.testing.assert_allclose(
+        moved, functions['opt_w'][-1] - functions['opt_w0'], rtol=1e-2, atol=1e-7
+    )
 
 
 def test_return_normalisation(functions):
@@ -86,7 +103,7 @@ def agent():
 
 @pytest.fixture(scope='module')
 def computed(agent):
-    """Loss, gradients and latents with latents at their mode and actions half a deviation off the mean."""
+    """Loss, gradients and latents: latents at their mode, actions half a deviation off the mean."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributions, 'normal_sample', lambda key, mean, std: mean + 0.5 * std)
         params, slow_critic = small.parameters(agent)
@@ -103,7 +120,9 @@ def computed(agent):
                 has_aux=True,
             )
         )
-        (total, auxiliary), grads = function(params, slow_critic, init_return_percentiles(), small.batch(agent))
+        (total, auxiliary), grads = function(
+            params, slow_critic, init_return_percentiles(), small.batch(agent)
+        )
     return total, *auxiliary, grads
 
 
@@ -159,7 +178,9 @@ def test_agent_gradients(agent, computed):
             node = grads
             for part in small.our_path(name[9:]):
                 node = node[part]
-            np.testing.assert_allclose(jnp.linalg.norm(node.reshape(-1)), expected, rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(
+                jnp.linalg.norm(node.reshape(-1)), expected, rtol=1e-4, err_msg=name
+            )
             count += 1
     assert count == len(jax.tree.leaves(grads))
 

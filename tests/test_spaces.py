@@ -43,6 +43,8 @@ NESTED = spaces.Dict(
         (spaces.Box(0, 255, (64, 48), np.uint8), ArraySpec('image', (64, 48, 1))),
         (spaces.Box(0, 1, (64, 64, 3), np.float32), ArraySpec('image', (64, 64, 3))),
         (spaces.Box(0, 255, (64, 64, 3), np.float64), ArraySpec('image', (64, 64, 3))),
+        (spaces.Box(0, 255, (64, 64, 3), np.int64), ArraySpec('image', (64, 64, 3))),
+        (spaces.Box(0, 1, (64, 64, 3), np.int64), ArraySpec('continuous', (12288,))),
         (spaces.Discrete(5, start=2), ArraySpec('discrete', (1,), (5,))),
         (spaces.MultiDiscrete([[2, 3], [4, 5]]), ArraySpec('discrete', (4,), (2, 3, 4, 5))),
         (spaces.MultiBinary((2, 2)), ArraySpec('discrete', (4,), (2, 2, 2, 2))),
@@ -242,9 +244,9 @@ def test_unbounded_and_half_bounded_actions():
 
 def test_integer_box_actions_round():
     adapter = ActionAdapter(spaces.Box(0, 4, (3,), np.int32))
-    action = adapter.convert({'action': np.array([[-1, 0.2, 1]], np.float32)}, 0)
+    action = adapter.convert({'action': np.array([[-1, 0.3, 1]], np.float32)}, 0)
     assert action.dtype == np.int32
-    assert action.tolist() == [0, 2, 4]
+    assert action.tolist() == [0, 3, 4]  # 2 + 2 * 0.3 = 2.6
 
 
 def test_discrete_actions():

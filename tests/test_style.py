@@ -23,7 +23,7 @@ LAYERS = (
     'world_model actor_critic policy',
     'train_state',
     'update',
-    'sharding checkpoint',
+    'sharding checkpoint run_folder',
     'agent',
     'loop evaluation',
     'cli',

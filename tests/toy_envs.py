@@ -1,5 +1,6 @@
 """Small environments whose every number is known, importable by worker processes."""
 
+import itertools
 import os
 from typing import Any
 
@@ -55,7 +56,7 @@ class Counter(gymnasium.Env):
                 os._exit(7)
             raise ValueError('the\nrobot fell over')
         ended = self._step == self._limit
-        info = {'log/length': self._step, 'log/episode': float(self._episode), 'other': 5}
+        info = {'log/length': self._step, 'log/episode': float(self._episode), 'log/name': 'toy'}
         return (
             self._observation(int(action)),
             10.0 * self._step + int(action),
@@ -87,6 +88,16 @@ class Camera(gymnasium.Env):
         return np.full((64, 64, 3), 7, np.uint8), float(action.sum()), False, False, {}
 
 
+_numbers = itertools.count(1)
+
+
+def varying() -> gymnasium.Env:
+    env = Camera()
+    size = 1000 * next(_numbers) + os.getpid() % 1000
+    env.observation_space = gymnasium.spaces.Box(0, 1, (size,))
+    return env
+
+
 def not_an_environment() -> str:
     return 'hello'
 
@@ -95,8 +106,20 @@ def fails() -> gymnasium.Env:
     raise RuntimeError('no such robot')
 
 
-def native_counter(num_envs: int, autoreset: str = 'NextStep', **kwargs: Any) -> SyncVectorEnv:
-    return SyncVectorEnv([lambda: Counter(**kwargs)] * num_envs, autoreset_mode=autoreset)
+class Junk(SyncVectorEnv):
+    """Returns meaningless rewards and flags on the ticks that reset an environment."""
+
+    def step(self, actions: Any) -> Any:
+        resets = self._autoreset_envs.copy()
+        observation, reward, terminated, truncated, info = super().step(actions)
+        return observation, reward + 99 * resets, terminated | resets, truncated, info
+
+
+def native_counter(
+    num_envs: int, autoreset: str = 'NextStep', junk: bool = False, **kwargs: Any
+) -> SyncVectorEnv:
+    kind = Junk if junk else SyncVectorEnv
+    return kind([lambda: Counter(**kwargs)] * num_envs, autoreset_mode=autoreset)
 
 
 gymnasium.register('ToyCounter-v0', entry_point=Counter, vector_entry_point=native_counter)

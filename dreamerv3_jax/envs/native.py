@@ -40,8 +40,8 @@ class Native(VectorEnvironment):
             self._env = gymnasium.make_vec(
                 settings.id, self.num_envs, vectorization_mode='vector_entry_point', **kwargs
             )
-        mode = AutoresetMode(self._env.metadata.get('autoreset_mode'))
-        if mode == AutoresetMode.DISABLED:
+        mode = self._env.metadata.get('autoreset_mode')
+        if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise UserError(f"{settings.id} does not reset itself; use env.vectorization='async'.")
         self._same_step = mode == AutoresetMode.SAME_STEP
         side = settings.image_size

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 
 from dreamerv3_jax.envs.registry import Settings
 from dreamerv3_jax.envs.stream import FinalRecords, Records, Stream, empty_records
-from dreamerv3_jax.envs.vector import VectorEnvironment, failure, open_stream
+from dreamerv3_jax.envs.vector import VectorEnvironment, different_spaces, failure, open_stream
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
 
@@ -65,13 +66,9 @@ class Processes(VectorEnvironment):
         descriptions: list[_Description] = self._receive()
         observation_specs, action_specs, self.messages = descriptions[0]
         self.observation_specs, self.action_specs = observation_specs, action_specs
-        for index, description in enumerate(descriptions):
-            if description[:2] != (observation_specs, action_specs):
-                self.close()
-                raise UserError(
-                    f'Environments 0 and {index} of {settings.id} have different spaces; all '
-                    'environments must observe and act alike.'
-                )
+        if any(other[:2] != descriptions[0][:2] for other in descriptions):
+            self.close()
+            raise different_spaces(settings.id)
         with _shared_file() as path:
             self._records, self._actions = _map_arrays(
                 path, observation_specs, action_specs, self.num_envs
@@ -97,8 +94,9 @@ class Processes(VectorEnvironment):
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.send('close')
+        deadline = time.monotonic() + _SHUTDOWN_SECONDS
         for worker in self._workers:
-            worker.join(_SHUTDOWN_SECONDS)
+            worker.join(max(0.0, deadline - time.monotonic()))
             if worker.is_alive():
                 worker.kill()
                 worker.join()
@@ -152,12 +150,10 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
                 connection.send(None)
             elif command == 'render':
                 connection.send(stream.render())
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
     except Exception as error:
         message = failure(settings.id, index, error)
         message.add_note(''.join(traceback.format_exception(error)))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the parent may be gone
             connection.send(message)
     finally:
         if stream is not None:

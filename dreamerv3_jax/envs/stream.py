@@ -7,6 +7,8 @@ import numpy as np
 
 from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
 
+_NUMBERS = (bool, int, float, np.bool_, np.number)
+
 
 class Records(NamedTuple):
     """One received observation of each of N streams, with what came along with it."""
@@ -147,5 +149,5 @@ def episode_logs(info: dict[str, Any]) -> dict[str, float]:
     return {
         key.removeprefix('log/'): float(value)
         for key, value in info.items()
-        if isinstance(key, str) and key.startswith('log/') and np.ndim(value) == 0
+        if isinstance(key, str) and key.startswith('log/') and isinstance(value, _NUMBERS)
     }

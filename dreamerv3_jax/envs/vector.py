@@ -140,6 +140,10 @@ class InProcess(VectorEnvironment):
         self.observation_specs = self._streams[0].observation_specs
         self.action_specs = self._streams[0].action_specs
         self.messages = self._streams[0].messages
+        specs = [(stream.observation_specs, stream.action_specs) for stream in self._streams]
+        if any(other != specs[0] for other in specs):
+            self.close()
+            raise different_spaces(settings.id)
 
     def _reset(self) -> Records:
         records = empty_records(self.observation_specs, self.num_envs)
@@ -183,6 +187,13 @@ def open_stream(settings: Settings, index: int) -> Stream:
         image_size=(side, side) if side else None,
         autoreset=settings.autoreset,
         seed=settings.seeds[index],
+    )
+
+
+def different_spaces(env_id: str) -> UserError:
+    """Returns the error for environments that cannot share arrays."""
+    return UserError(
+        f'{env_id} makes environments with different spaces; all must observe and act alike.'
     )
 
 

@@ -1,1 +1,1 @@
-"""Flax linen modules. Each does one step on arrays of any leading shape and holds only parameters."""
+"""Flax linen modules: each does one step on arrays of any leading shape, holds only parameters."""

@@ -35,11 +35,12 @@ class Decoder(nn.Module):
     dtype: jnp.dtype
 
     def setup(self) -> None:
-        """Creates `mlp`, `output_<name>` and the image layers, as far as the observation needs them."""
+        """Creates `mlp`, `output_<name>` and the image layers, where the observation needs them."""
         if vectors := vector_keys(self.specs):
             self.mlp = MLP((self.deter, self.stoch), self.layers, self.units, self.dtype)
             self.output = {
-                name: Linear((self.units,), flat_size(self.specs[name]), dtype=self.dtype) for name in vectors
+                name: Linear((self.units,), flat_size(self.specs[name]), dtype=self.dtype)
+                for name in vectors
             }
         if images := image_keys(self.specs):
             height, width = self.specs[images[0]].shape[:2]
@@ -50,9 +51,13 @@ class Decoder(nn.Module):
             self.from_stoch_hidden = Hidden((self.stoch,), 2 * self.units, self.dtype)
             self.from_stoch = Linear((2 * self.units,), cells, dtype=self.dtype)
             self.map_norm = RMSNorm(channels[0], self.dtype)
-            self.conv = [Conv(*pair, self.dtype) for pair in zip(channels, channels[1:], strict=False)]
+            self.conv = [
+                Conv(*pair, self.dtype) for pair in zip(channels, channels[1:], strict=False)
+            ]
             self.norm = [RMSNorm(features, self.dtype) for features in channels[1:]]
-            self.image = Conv(channels[-1], sum(self.specs[name].shape[-1] for name in images), self.dtype)
+            self.image = Conv(
+                channels[-1], sum(self.specs[name].shape[-1] for name in images), self.dtype
+            )
 
     def __call__(self, deter: Array, stoch: Array) -> dict[str, Array]:
         """Predicts every part of the observation.
@@ -62,8 +67,8 @@ class Decoder(nn.Module):
           stoch: [..., S * C].
 
         Returns:
-          {name: float32}: the mean of an image [..., H, W, C] in 0..1, of symlog(vector) [..., n], or the
-          logits of a discrete vector [..., sum(classes)].
+          {name: float32}: the mean of an image [..., H, W, C] in 0..1, of symlog(vector) [..., n],
+            or the logits of a discrete vector [..., sum(classes)].
         """
         outputs = {}
         if vectors := vector_keys(self.specs):

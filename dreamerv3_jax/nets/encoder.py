@@ -1,4 +1,4 @@
-"""Encoder: an observation becomes the vector of tokens that the posterior sees (paper, "World model")."""
+"""Encoder: turns an observation into the tokens that the posterior sees (paper, "World model")."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def flat_size(spec: ArraySpec) -> int:
 
 
 def one_hots(index: Array, classes: tuple[int, ...]) -> Array:
-    """Concatenates one-hot codes of the components: [..., n] integers -> [..., sum(classes)] float32."""
+    """Concatenated one-hot codes of components: [..., n] int -> [..., sum(classes)] float32."""
     parts = [jax.nn.one_hot(index[..., n], size) for n, size in enumerate(classes)]
     return jnp.concatenate(parts, -1)
 
@@ -36,7 +36,7 @@ def vector_keys(specs: Mapping[str, ArraySpec]) -> list[str]:
 
 
 class Encoder(nn.Module):
-    """Vectors through an MLP, images through four convolution stages; both flattened and concatenated.
+    """Vectors through an MLP, images through four convolution stages; both flattened and joined.
 
     Attributes:
       specs: of the observation; all images share their sides.
@@ -61,7 +61,9 @@ class Encoder(nn.Module):
         if images:
             channels = [sum(self.specs[name].shape[-1] for name in images)]
             channels += [self.depth * multiple for multiple in STAGES]
-            self.conv = [Conv(*pair, self.dtype) for pair in zip(channels, channels[1:], strict=False)]
+            self.conv = [
+                Conv(*pair, self.dtype) for pair in zip(channels, channels[1:], strict=False)
+            ]
             self.norm = [RMSNorm(features, self.dtype) for features in channels[1:]]
 
     @property
@@ -77,7 +79,11 @@ class Encoder(nn.Module):
         """Encodes {name: [..., *shape]} -> [..., tokens]."""
         parts = []
         if vectors := vector_keys(self.specs):
-            parts.append(self.mlp(jnp.concatenate([self._vector(name, observation[name]) for name in vectors], -1)))
+            parts.append(
+                self.mlp(
+                    jnp.concatenate([self._vector(name, observation[name]) for name in vectors], -1)
+                )
+            )
         if images := image_keys(self.specs):
             image = jnp.concatenate([observation[name] for name in images], -1)
             parts.append(self._image(image))

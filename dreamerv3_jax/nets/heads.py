@@ -1,4 +1,4 @@
-"""Heads on the model state: reward, continue, actor and critic (paper, "World model", "Actor", "Critic")."""
+"""Heads: reward, continue, actor and critic (paper, "World model", "Actor", "Critic")."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,8 @@ class Head(nn.Module):
       layers: hidden layers.
       units: of these layers.
       outputs: width of the output.
-      output_scale: factor on the output layer's initial weights; 0 makes the first predictions exactly 0.
+      output_scale: factor on the output layer's initial weights; 0 makes the first predictions
+        exactly 0.
       dtype: compute dtype.
     """
 
@@ -41,7 +42,7 @@ class Head(nn.Module):
 
 
 class Actor(nn.Module):
-    """MLP on (deter, stoch) with outputs for every action: logits where discrete, mean and std otherwise.
+    """MLP on (deter, stoch) with outputs per action: logits where discrete, else mean and std.
 
     Attributes:
       specs: of the action.
@@ -71,7 +72,7 @@ class Actor(nn.Module):
         return Linear((self.units,), flat_size(self.specs[name]), self.output_scale, self.dtype)
 
     def __call__(self, deter: Array, stoch: Array) -> dict[str, tuple[Array, ...]]:
-        """Maps [..., D] and [..., S * C] -> {name: (logits,) or (mean, std) before squashing} float32."""
+        """Maps [..., D], [..., S * C] -> {name: (logits,) or unsquashed (mean, std)} float32."""
         hidden = self.mlp(deter, stoch)
         outputs: dict[str, tuple[Array, ...]] = {}
         for name in sorted(self.specs):

@@ -1,7 +1,7 @@
 """Layers shared by all networks: initialisers, linear, block-linear, convolution, normalisation.
 
-Every hidden layer is Linear -> RMSNorm -> SiLU. Parameters are float32; products are computed in the
-module's `dtype`, normalisation in float32.
+Every hidden layer is Linear -> RMSNorm -> SiLU. Parameters are float32; products are computed in
+the module's `dtype`, normalisation in float32.
 """
 
 import math
@@ -18,7 +18,7 @@ RMS_EPSILON = 1e-4
 
 
 def truncated_normal(fan_in: int, scale: float = 1.0) -> nn.initializers.Initializer:
-    """Initialiser of weights: normal truncated at two deviations, `1.1368 / sqrt(fan_in)` wide, times scale.
+    """Weights from a normal truncated at two deviations, `1.1368 / sqrt(fan_in)` wide, times scale.
 
     The factor restores the deviation that truncation takes away.
     """
@@ -53,11 +53,13 @@ class Linear(nn.Module):
     def setup(self) -> None:
         """Creates the parameters `kernel` and `bias`."""
         rows = sum(self.inputs)
-        self.kernel = self.param('kernel', truncated_normal(rows, self.scale), (rows, self.features))
+        self.kernel = self.param(
+            'kernel', truncated_normal(rows, self.scale), (rows, self.features)
+        )
         self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
 
     def part(self, index: int, x: Array) -> Array:
-        """Contribution of input `index` [..., inputs[index]] without the bias -> [..., features]."""
+        """Contribution of input `index` [..., inputs[index]] without bias -> [..., features]."""
         start = sum(self.inputs[:index])
         kernel = self.kernel[start : start + self.inputs[index]]
         return x.astype(self.dtype) @ kernel.astype(self.dtype)
@@ -69,14 +71,15 @@ class Linear(nn.Module):
     def __call__(self, *xs: Array) -> Array:
         """Maps inputs [..., inputs[i]] -> [..., features]."""
         assert len(xs) == len(self.inputs), (len(xs), self.inputs)
-        return self.add_bias(sum(self.part(index, x) for index, x in enumerate(xs)))
+        first, *rest = (self.part(index, x) for index, x in enumerate(xs))
+        return self.add_bias(sum(rest, first))
 
 
 class BlockLinear(nn.Module):
-    """Block-diagonal linear layer: block g maps its own slice of the input to its slice of the output.
+    """Block-diagonal linear layer: block g maps its slice of the input to its slice of the output.
 
-    The kernel is [blocks, inputs / blocks, features / blocks]; its initial width follows from the whole
-    input, as in the published code, not from one block's.
+    The kernel is [blocks, inputs / blocks, features / blocks]; its initial width follows from the
+    whole input, as in the published code, not from one block's.
     """
 
     inputs: int
@@ -94,10 +97,11 @@ class BlockLinear(nn.Module):
         """Maps `x` [G, N, own] block by block -> [G, N, features / G].
 
         Args:
-          x: [G, N, own], see `to_blocks`. Blocks lead, so that every product and everything elementwise
-            after it runs over contiguous memory.
+          x: [G, N, own], see `to_blocks`. Blocks lead, so that every product and everything
+            elementwise after it runs over contiguous memory.
           shared: [N, m], the further input that every block sees whole, so that
-            `G * (own + m) == inputs`; the rows of a block's kernel are its slice of `x`, then `shared`.
+            `G * (own + m) == inputs`; the rows of a block's kernel are its slice of `x`, then
+            `shared`.
         """
         own = x.shape[-1]
         kernel = self.kernel.astype(self.dtype)
@@ -116,12 +120,16 @@ def to_blocks(x: Array, blocks: int) -> Array:
 
 
 def from_blocks(x: Array) -> Array:
-    """Inverse of `to_blocks`: [G, N, D / G] -> [N, D]."""
-    return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
+    """Inverse of `to_blocks`: [G, N, D / G] -> [N, D].
+
+    A transposition would be fused with the arithmetic before it, which on CPU then runs number by
+    number over strided memory; a concatenation is not.
+    """
+    return jnp.concatenate(list(x), -1)
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last axis, in float32, with a learned scale and no shift."""
+    """Divides by the root mean square over the last axis, in float32; a learned scale, no shift."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
@@ -157,7 +165,7 @@ class Hidden(nn.Module):
         self.norm = RMSNorm(self.features, self.dtype)
 
     def part(self, index: int, x: Array) -> Array:
-        """Contribution of input `index` to the linear layer, for inputs that are known ahead of the rest."""
+        """Contribution of input `index` to the linear layer, for one known ahead of the rest."""
         return self.linear.part(index, x)
 
     def activate(self, summed_parts: Array) -> Array:
@@ -194,8 +202,9 @@ class MLP(nn.Module):
 class Conv(nn.Module):
     """5x5 convolution, stride 1, same padding; kernel [5, 5, inputs, features], bias [features].
 
-    `pooled` and `upsampled` are exact, cheaper forms of the layer followed by pooling or preceded by
-    upsampling; they fold the 5x5 kernel into a 3x3 one between space-to-depth forms of the images.
+    `pooled` and `upsampled` are exact, cheaper forms of the layer followed by pooling or preceded
+    by upsampling; they fold the 5x5 kernel into a 3x3 one between space-to-depth forms of the
+    images.
     """
 
     inputs: int
@@ -220,7 +229,7 @@ class Conv(nn.Module):
         return self._add_bias(self._convolve(x.astype(self.dtype), self.kernel.astype(self.dtype)))
 
     def pooled(self, x: Array) -> Array:
-        """`max_pool(conv(x))` for few input channels: [N, H, W, inputs] -> [N, H/2, W/2, features]."""
+        """`max_pool(conv(x))` for few channels: [N, H, W, inputs] -> [N, H/2, W/2, features]."""
         fold = jnp.asarray(_pool_fold())
         kernel = jnp.einsum('abio,apmx,bqny->xypqimno', self.kernel, fold, fold)
         kernel = kernel.reshape(3, 3, 4 * self.inputs, 4 * self.features)
@@ -252,7 +261,7 @@ def depth_to_space(x: Array) -> Array:
 
 
 def max_pool(x: Array) -> Array:
-    """2x2 maximum, [N, 2H, 2W, C] -> [N, H, W, C]: on CPU, slices are much faster than a window reduction."""
+    """2x2 maximum, [N, 2H, 2W, C] -> [N, H, W, C]: slices, on CPU much faster than a window."""
     return _max_of_four([x[:, row::2, column::2] for row in range(2) for column in range(2)])
 
 
@@ -261,7 +270,7 @@ def _max_of_four(xs: list[Array]) -> Array:
 
 
 def _upsample_fold() -> np.ndarray:
-    """[5, 3, 2]: row a of a 5-tap kernel, applied at output phase d, reads row `(d + a - 2) // 2 + 1`."""
+    """[5, 3, 2]: row a of a 5-tap kernel at output phase d reads row `(d + a - 2) // 2 + 1`."""
     fold = np.zeros((5, 3, 2), np.float32)
     for a in range(5):
         for d in range(2):
@@ -270,7 +279,7 @@ def _upsample_fold() -> np.ndarray:
 
 
 def _pool_fold() -> np.ndarray:
-    """[5, 2, 2, 3]: row a at output phase m reads input phase p of row x of the space-to-depth image."""
+    """[5, 2, 2, 3]: row a at output phase m reads phase p of row x of the space-to-depth image."""
     fold = np.zeros((5, 2, 2, 3), np.float32)
     for a in range(5):
         for m in range(2):

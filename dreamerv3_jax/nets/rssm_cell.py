@@ -1,13 +1,21 @@
 """One step of the recurrent state-space model: a block-diagonal GRU with a discrete latent.
 
-Paper, "World model" and extended data; the parts are separate methods so that whatever does not depend on
-the recurrence (tokens, actions, priors) can be computed for a whole sequence at once.
+Paper, "World model" and extended data; the parts are separate methods so that whatever does not
+depend on the recurrence (tokens, actions, priors) can be computed for a whole sequence at once.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dreamerv3_jax.nets.layers import MLP, BlockLinear, Hidden, Linear, RMSNorm, from_blocks, to_blocks
+from dreamerv3_jax.nets.layers import (
+    MLP,
+    BlockLinear,
+    Hidden,
+    Linear,
+    RMSNorm,
+    from_blocks,
+    to_blocks,
+)
 from dreamerv3_jax.types import Array
 
 
@@ -44,7 +52,9 @@ class RSSMCell(nn.Module):
         self.deter_in = Hidden((self.deter,), width, self.dtype)
         self.stoch_in = Hidden((groups,), width, self.dtype)
         self.action_in = Hidden((self.action,), width, self.dtype)
-        self.recurrent = BlockLinear(self.deter + self.blocks * 3 * width, self.deter, self.blocks, self.dtype)
+        self.recurrent = BlockLinear(
+            self.deter + self.blocks * 3 * width, self.deter, self.blocks, self.dtype
+        )
         self.recurrent_norm = RMSNorm(self.deter, self.dtype)
         self.gates = BlockLinear(self.deter, 3 * self.deter, self.blocks, self.dtype)
         self.prior_hidden = MLP((self.deter,), self.prior_layers, width, self.dtype)
@@ -53,13 +63,15 @@ class RSSMCell(nn.Module):
         self.posterior_hidden = MLP((width,), self.posterior_layers - 1, width, self.dtype)
         self.posterior_logits = Linear((width,), groups, dtype=self.dtype)
 
-    def __call__(self, deter: Array, stoch: Array, action: Array, tokens: Array) -> tuple[Array, Array, Array]:
-        """One whole step from raw inputs; returns the next deter, prior logits and posterior logits."""
+    def __call__(
+        self, deter: Array, stoch: Array, action: Array, tokens: Array
+    ) -> tuple[Array, Array, Array]:
+        """One whole step from raw inputs -> the next deter, prior logits and posterior logits."""
         deter = self.sequence(deter, stoch, self.embed_action(action))
         return deter, self.prior(deter), self.posterior(deter, self.embed_tokens(tokens))
 
     def embed_action(self, action: Array) -> Array:
-        """Flat action [..., A] -> [..., U]; values beyond 1 in magnitude count as 1 in magnitude."""
+        """Flat action [..., A] -> [..., U]; magnitudes beyond 1 count as 1."""
         return self.action_in(action)
 
     def embed_tokens(self, tokens: Array) -> Array:

@@ -1,0 +1,103 @@
+"""Learning curves of runs: keeps the part of their metrics that a curve needs, and draws it.
+
+python experiments/curves.py keep RUN_FOLDER experiments/learning/NAME.jsonl
+python experiments/curves.py plot OUT.png 'TITLE' NAME.jsonl ... [--published=TASK] [--target=475]
+
+`--published` lays the curve over the medians of the published scores of a DMC proprio task
+(experiments/learning/published.json: median, least and greatest of 5 seeds by environment frame).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+
+import matplotlib
+
+matplotlib.use('agg')
+import matplotlib.pyplot as plt
+import numpy as np
+
+KEPT = ('step', 'time', 'episode/score', 'episode/length', 'count/updates', 'count/episodes')
+LEARNING = pathlib.Path(__file__).parent / 'learning'
+
+
+def keep(run: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes one header line about the run, then the kept metrics of every line that has a score."""
+    rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    start = rows[0]['time']
+    config = json.loads((run / 'config.json').read_text())
+    header = {
+        'environment': config['env']['id'],
+        'size': config['size'],
+        'seed': config['seed'],
+        'train_ratio': config['replay']['train_ratio'],
+        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+    }
+    with output.open('w') as file:
+        file.write(json.dumps(header) + '\n')
+        for row in rows:
+            if row.get('episode/score') is not None:
+                kept = {name: row[name] for name in KEPT if name in row}
+                file.write(json.dumps(kept | {'seconds': round(row['time'] - start, 1)}) + '\n')
+
+
+def load(path: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and columns of a kept curve."""
+    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = ('step', 'seconds', 'episode/score')
+    return header, {name: np.array([row[name] for row in rows], float) for name in names}
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values at each point."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    first = np.maximum(0, np.arange(1, len(values) + 1) - window)
+    last = np.arange(1, len(values) + 1)
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def plot(
+    output: pathlib.Path, title: str, curves: list[pathlib.Path], published: str, target: float | None
+) -> None:
+    """Draws scores over environment frames, and the time that each run had taken at its end."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout='constrained')
+    for path in curves:
+        header, columns = load(path)
+        label = f'seed {header["seed"]} ({columns["seconds"][-1] / 60:.0f} min)'
+        (line,) = axes.plot(columns['step'], smooth(columns['episode/score'], 8), label=label, lw=1.8)
+        axes.plot(columns['step'], columns['episode/score'], color=line.get_color(), alpha=0.2, lw=0.8)
+    if published:
+        scores = json.loads((LEARNING / 'published.json').read_text())[published]
+        frames = np.array([int(frame) for frame in scores])
+        columns = {name: np.array([row[name] for row in scores.values()]) for name in ('median', 'min', 'max')}
+        shown = frames <= axes.get_xlim()[1] * 1.02
+        axes.plot(frames[shown], columns['median'][shown], 'k--', label='published median')
+        axes.fill_between(frames[shown], columns['min'][shown], columns['max'][shown], color='k', alpha=0.1)
+    if target is not None:
+        axes.axhline(target, color='0.6', lw=0.8, ls=':')
+    axes.set(title=title, xlabel='environment frames', ylabel='return of training episodes')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False, fontsize='small')
+    figure.savefig(output, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    keeping = commands.add_parser('keep')
+    keeping.add_argument('run', type=pathlib.Path)
+    keeping.add_argument('output', type=pathlib.Path)
+    plotting = commands.add_parser('plot')
+    plotting.add_argument('output', type=pathlib.Path)
+    plotting.add_argument('title')
+    plotting.add_argument('curves', type=pathlib.Path, nargs='+')
+    plotting.add_argument('--published', default='')
+    plotting.add_argument('--target', type=float)
+    options = vars(parser.parse_args())
+    {'keep': keep, 'plot': plot}[options.pop('command')](**options)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,196 @@
+"""Checkpoints: what comes back, and what is done about incomplete and damaged ones."""
+
+import gc
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamerv3_jax import checkpoint, sharding
+from dreamerv3_jax.checkpoint import Checkpointer, Saved, abstract_state, latest_step
+from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.normalization import init_return_percentiles
+from dreamerv3_jax.train_state import TrainState
+
+
+def make_state(value, width=8):
+    return TrainState(
+        params={'a': {'kernel': jnp.full((4, width), value, jnp.float32)}, 'b': jnp.ones(3)},
+        slow_critic={'kernel': jnp.full((2, 2), -value, jnp.float32)},
+        optimizer=(jnp.int32(value), {'moment': jnp.arange(width) + value}),
+        percentiles=init_return_percentiles(),
+        updates=jnp.int32(value),
+        seed=jnp.uint32(7),
+    )
+
+
+def make_saved(value):
+    arrays = {
+        'data/observation/image': np.full((2, 5, 3), value, np.uint8),
+        'data/a b%/c.d': np.array([[np.nan, value]]),
+        'has_latent': np.array([True, False]),
+    }
+    replay = {'arrays': arrays, 'metadata': {'queue': [[0, value]], 'rng': {'state': 2**100}}}
+    return Saved(make_state(value), replay, {'ticks': value, 'ratio': {'credit': '1/3'}})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the checkpoints 10 and 20, of which 20 is to be damaged."""
+    write(tmp_path / 'checkpoints', 10, 20)
+    return tmp_path / 'checkpoints'
+
+
+def write(folder, *steps):
+    checkpointer = Checkpointer(folder)
+    for step in steps:
+        checkpointer.save(step, make_saved(step))
+    checkpointer.close()
+
+
+def read(folder):
+    checkpointer = Checkpointer(folder)
+    try:
+        return checkpointer.restore(abstract_state(make_state(0)))
+    finally:
+        checkpointer.close()
+
+
+def read_state(folder, state=None):
+    checkpointer = Checkpointer(folder)
+    try:
+        return checkpointer.restore_state(abstract_state(state or make_state(0)))
+    finally:
+        checkpointer.close()
+
+
+def assert_equal(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.asarray(one).dtype == np.asarray(other).dtype
+
+
+def test_everything_comes_back(folder):
+    saved, expected = read(folder), make_saved(20)
+    assert_equal(saved.state, expected.state)
+    assert_equal(saved.replay['arrays'], expected.replay['arrays'])
+    assert saved.replay['metadata'] == expected.replay['metadata']
+    assert saved.counters == expected.counters
+    assert_equal(read_state(folder), expected.state)
+
+
+def test_without_replay(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, make_saved(1)._replace(replay=None))
+    empty = {'arrays': {'data/x': np.zeros((2, 0, 3))}, 'metadata': {}}  # before the first step
+    checkpointer.save(2, make_saved(2)._replace(replay=empty))
+    checkpointer.close()
+    saved = read(tmp_path)
+    assert saved.replay is None and saved.counters == make_saved(2).counters
+    shutil.rmtree(tmp_path / '2')
+    assert read(tmp_path).replay is None
+
+
+def test_the_newest_are_kept(folder):
+    write(folder, 20, 30, 40)  # 20 is there already
+    assert sorted(path.name for path in folder.iterdir()) == ['30', '40']
+    assert latest_step(folder) == 40
+
+
+def test_no_checkpoint(tmp_path):
+    assert latest_step(tmp_path / 'missing') is None
+    assert not (tmp_path / 'missing').exists()
+    with pytest.raises(UserError, match='holds no checkpoint that can be read'):
+        read(tmp_path)
+
+
+def test_incomplete_checkpoints_are_ignored(folder):
+    """A process killed while it writes leaves a folder with another name."""
+    shutil.copytree(folder / '20', folder / '30.orbax-checkpoint-tmp')
+    (folder / 'notes').mkdir()
+    assert latest_step(folder) == 20
+    assert read(folder).counters['ticks'] == 20
+    write(folder, 30)
+    assert sorted(path.name for path in folder.iterdir()) == ['20', '30', 'notes']
+    assert read(folder).counters['ticks'] == 30
+
+
+@pytest.mark.parametrize('part', ['counters', 'replay', 'state'])
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # of orbax's threads
+def test_a_damaged_checkpoint_is_passed_over(part, folder, caplog, capfd):
+    truncate(folder / '20' / part)
+    saved = read(folder)
+    gc.collect()
+    assert_equal(saved.state, make_state(10))
+    assert saved.counters['ticks'] == 10
+    assert_equal(saved.replay['arrays'], make_saved(10).replay['arrays'])
+    records = [record for record in caplog.records if record.name == checkpoint.__name__]
+    assert len(records) == 1
+    assert f'The checkpoint {folder / "20"} is damaged' in records[0].getMessage()
+    assert 'absl' not in capfd.readouterr().err
+    # The run goes on from 10 and may save before it comes to 20 again.
+    assert (folder / 'damaged-20').is_dir() and latest_step(folder) == 10
+    write(folder, 15, 20)
+    assert read(folder).counters['ticks'] == 20
+
+
+def test_reading_alone_renames_nothing(folder, caplog):
+    truncate(folder / '20' / 'counters')
+    assert_equal(read_state(folder), make_state(10))
+    assert len(caplog.records) == 1
+    assert latest_step(folder) == 20
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_nothing_but_damaged_checkpoints(folder):
+    for step in ('10', '20'):
+        truncate(folder / step / 'counters')
+    with pytest.raises(UserError) as error:
+        read(folder)
+    assert 'holds no checkpoint that can be read' in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ['10', '20']
+
+
+def truncate(folder):
+    """Cuts all files in a folder to half their length, as a full disk or a broken copy does."""
+    for path in folder.rglob('*'):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_no_room(folder, capfd):
+    checkpointer = Checkpointer(folder)
+    shutil.rmtree(folder)
+    folder.write_text('')  # where the folder was
+    with pytest.raises(UserError, match=f'Cannot write the checkpoint {folder}/30: '):
+        checkpointer.save(30, make_saved(30))
+    checkpointer.close()
+    assert capfd.readouterr().err == ''
+
+
+def test_another_agent(folder, caplog):
+    with pytest.raises(UserError) as error:
+        read_state(folder, make_state(0, width=9))
+    assert str(error.value).endswith(
+        'is of another agent: optimizer/1/moment is int32[8] there and int32[9] here.'
+    )
+    other = make_state(0)
+    other.params['c'] = jnp.ones(1)
+    with pytest.raises(UserError, match=r'params/c is absent there and float32\[1\] here'):
+        read_state(folder, other)
+    assert not caplog.records
+
+
+def test_other_devices(folder):
+    """A state saved on one device is read onto four."""
+    state = make_state(0)
+    mesh = sharding.make_mesh(1, 4)
+    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), state)
+    checkpointer = Checkpointer(folder)
+    found = checkpointer.restore_state(sharding.abstract(state, everywhere))
+    checkpointer.close()
+    assert_equal(found, make_state(20))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)} == {4}

@@ -1,0 +1,294 @@
+"""Layers against plain forms of the same thing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+
+from dreamerv3_jax.nets import layers
+from dreamerv3_jax.nets.layers import MLP, BlockLinear, Conv, Hidden, Linear, RMSNorm
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick(tmp_path_factory):
+    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
+        yield
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def randomised(module, *inputs, seed=1):
+    """Parameters without zeros."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    leaves, tree = jax.tree.flatten(shapes)
+    return tree.unflatten([random(*x.shape, seed=seed + i) for i, x in enumerate(leaves)])
+
+
+def init(module, *inputs):
+    return jax.jit(module.init)(jax.random.key(0), *inputs)['params']
+
+
+def close(actual, expected, tolerance=1e-4):
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# Initial weights.
+
+
+@pytest.mark.parametrize('scale', [1.0, 0.01])
+@pytest.mark.parametrize('fan_in', [16, 500])
+def test_truncated_normal(fan_in, scale):
+    weights = layers.truncated_normal(fan_in, scale)(jax.random.key(0), (200, 200))
+    deviation = scale / np.sqrt(fan_in)
+    # The factor 1.1368 restores the deviation 0.8796 of a normal that is cut off at two deviations.
+    np.testing.assert_allclose(np.std(weights), deviation, rtol=0.02)
+    assert np.abs(weights).max() <= 2 * 1.1368 * deviation * (1 + 1e-6)
+    assert np.abs(weights).max() > 1.99 * 1.1368 * deviation
+    assert abs(np.mean(weights)) < 0.02 * deviation
+    assert weights.dtype == jnp.float32
+
+
+def test_scale_zero_starts_at_exactly_zero():
+    assert not np.any(layers.truncated_normal(8, 0.0)(jax.random.key(0), (8, 8)))
+
+
+def test_linear_starts_with_its_fan_in():
+    params = init(Linear((300, 100), 200), random(1, 300), random(1, 100))
+    np.testing.assert_allclose(np.std(params['kernel']), np.sqrt(1 / 400), rtol=0.02)
+    assert not np.any(params['bias'])
+
+
+def test_block_linear_starts_with_the_fan_in_of_the_whole_input():
+    params = init(BlockLinear(800, 400, 8), random(8, 1, 100))
+    assert params['kernel'].shape == (8, 100, 50)
+    # One over the root of 800 inputs, not of the 100 that one block sees.
+    np.testing.assert_allclose(np.std(params['kernel']), np.sqrt(1 / 800), rtol=0.02)
+    assert not np.any(params['bias'])
+
+
+def test_convolution_starts_with_its_fan_in():
+    params = init(Conv(16, 64), random(1, 4, 4, 16))
+    assert params['kernel'].shape == (5, 5, 16, 64)
+    np.testing.assert_allclose(np.std(params['kernel']), np.sqrt(1 / 400), rtol=0.02)
+    assert not np.any(params['bias'])
+
+
+# Linear layers.
+
+
+def test_linear_by_hand():
+    params = {'kernel': jnp.array([[1.0, 2], [3, 4]]), 'bias': jnp.array([10.0, 20])}
+    # (1, 1) -> (1 + 3 + 10, 2 + 4 + 20).
+    result = Linear((2,), 2).apply({'params': params}, jnp.ones((1, 2)))
+    np.testing.assert_array_equal(result, [[14, 26]])
+
+
+def test_linear_of_parts_is_linear_of_the_concatenation():
+    xs = random(2, 4, 3), random(2, 4, 5, seed=1)
+    several, one = Linear((3, 5), 6), Linear((8,), 6)
+    params = randomised(several, *xs)
+    expected = one.apply(params, jnp.concatenate(xs, -1))
+    close(several.apply(params, *xs), expected)
+    parts = [several.apply(params, i, x, method='part') for i, x in enumerate(xs)]
+    close(several.apply(params, sum(parts), method='add_bias'), expected)
+    with pytest.raises(AssertionError):
+        several.apply(params, xs[0])
+
+
+def dense_blocks(kernel):
+    """The matrix that has the blocks [G, in, out] on its diagonal."""
+    blocks, rows, columns = kernel.shape
+    dense = np.zeros((blocks * rows, blocks * columns), np.float32)
+    for g in range(blocks):
+        dense[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] = kernel[g]
+    return dense
+
+
+@pytest.mark.parametrize(
+    ('blocks', 'inputs', 'features'), [(1, 3, 4), (2, 6, 4), (4, 8, 12), (8, 8, 8)]
+)
+def test_block_linear_is_a_dense_block_matrix(blocks, inputs, features):
+    module, x = BlockLinear(inputs, features, blocks), random(5, inputs)
+    params = randomised(module, layers.to_blocks(x, blocks))
+    result = module.apply(params, layers.to_blocks(x, blocks))
+    assert result.shape == (blocks, 5, features // blocks)
+    dense = dense_blocks(np.asarray(params['params']['kernel']))
+    close(layers.from_blocks(result), x @ dense + params['params']['bias'][None])
+
+
+def test_every_block_sees_the_shared_input():
+    blocks, own, shared, features = 4, 3, 5, 8
+    module = BlockLinear(blocks * (own + shared), features, blocks)
+    x, more = random(6, blocks * own), random(6, shared, seed=1)
+    params = randomised(module, layers.to_blocks(x, blocks), more)
+    result = module.apply(params, layers.to_blocks(x, blocks), more)
+    # The plain form: each block's own slice and a copy of the shared input, side by side.
+    slices = [x[:, g * own : (g + 1) * own] for g in range(blocks)]
+    whole = jnp.concatenate([jnp.concatenate([piece, more], -1) for piece in slices], -1)
+    dense = dense_blocks(np.asarray(params['params']['kernel']))
+    close(layers.from_blocks(result), whole @ dense + params['params']['bias'][None])
+
+
+def test_blocks_by_hand():
+    x = jnp.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    blocks = layers.to_blocks(x, 2)
+    assert blocks.tolist() == [[[1, 2], [5, 6]], [[3, 4], [7, 8]]]
+    assert layers.from_blocks(blocks).tolist() == x.tolist()
+
+
+# Normalisation.
+
+
+def rms_norm(x, dtype=jnp.float32):
+    return RMSNorm(x.shape[-1], dtype).apply({'params': {'scale': jnp.ones(x.shape[-1])}}, x)
+
+
+def test_rms_norm_by_hand():
+    # Mean square (9 + 16) / 2 = 12.5; 3 / sqrt(12.5001) and 4 / sqrt(12.5001).
+    np.testing.assert_allclose(
+        rms_norm(jnp.array([[3.0, 4.0]])), [[3 / 12.5001**0.5, 4 / 12.5001**0.5]], rtol=1e-6
+    )
+
+
+def test_epsilon_of_rms_norm():
+    # The mean square 1e-4 meets the epsilon 1e-4 inside the root: 0.01 / sqrt(2e-4) = 0.7071.
+    np.testing.assert_allclose(
+        rms_norm(jnp.full((1, 8), 0.01)), np.full((1, 8), 0.5**0.5), rtol=1e-5
+    )
+    np.testing.assert_array_equal(rms_norm(jnp.zeros((1, 8))), 0)
+    # Far below the epsilon, x / sqrt(1e-4).
+    np.testing.assert_allclose(rms_norm(jnp.full((1, 8), 1e-6)), np.full((1, 8), 1e-4), rtol=1e-5)
+
+
+def test_rms_norm_forgets_the_magnitude_but_not_the_mean():
+    x = random(4, 16) + 5
+    close(rms_norm(1e6 * x), rms_norm(1e3 * x))
+    np.testing.assert_allclose(jnp.mean(rms_norm(x) ** 2, -1), np.ones(4), rtol=1e-4)
+    assert np.all(jnp.mean(rms_norm(x), -1) > 0.9)  # nothing was subtracted
+
+
+def test_rms_norm_is_computed_in_float32():
+    # The square of 1e30 does not fit, that of 1e15 does; in bfloat16 sums of 4096 would be off by
+    # far.
+    x = (1e15 * random(2, 4096)).astype(jnp.bfloat16)
+    result = rms_norm(x, jnp.bfloat16)
+    assert result.dtype == jnp.bfloat16
+    expected = rms_norm(x.astype(jnp.float32))
+    np.testing.assert_array_equal(result, expected.astype(jnp.bfloat16))
+
+
+def test_rms_norm_over_blocks():
+    x, module = random(5, 12), RMSNorm(12)
+    params = {'params': {'scale': random(12, seed=2)}}
+    blocks = module.apply(params, layers.to_blocks(x, 4), method='over_blocks')
+    close(layers.from_blocks(blocks), module.apply(params, x))
+    close(module.apply(params, x), rms_norm(x) * params['params']['scale'][None])
+
+
+def test_hidden_layer_is_linear_norm_silu():
+    x, module = random(3, 4), Hidden((4,), 6)
+    params = randomised(module, x)['params']
+    linear = x @ params['linear']['kernel'] + params['linear']['bias'][None]
+    normalised = linear / np.sqrt(np.mean(linear**2, -1, keepdims=True) + 1e-4)
+    normalised = normalised * params['norm']['scale'][None]
+    expected = normalised / (1 + np.exp(-normalised))
+    close(module.apply({'params': params}, x), expected)
+    close(
+        module.apply({'params': params}, x @ params['linear']['kernel'], method='activate'),
+        expected,
+    )
+
+
+def test_mlp_stacks_hidden_layers():
+    xs, module = (random(3, 4), random(3, 2, seed=1)), MLP((4, 2), 2, 6)
+    params = randomised(module, *xs)['params']
+    hidden = Hidden((4, 2), 6).apply({'params': params['hidden_0']}, *xs)
+    expected = Hidden((6,), 6).apply({'params': params['hidden_1']}, hidden)
+    close(module.apply({'params': params}, *xs), expected)
+    assert sorted(params) == ['hidden_0', 'hidden_1']
+
+
+# Convolutions.
+
+SIZES = [(4, 4), (6, 6), (2, 8), (12, 4)]
+
+
+def test_convolution_by_hand():
+    # Ones under a kernel of ones count the pixels within two rows and columns: 9 in the corner of
+    # a 6x6 image, 25 in the middle.
+    params = {'kernel': jnp.ones((5, 5, 1, 1)), 'bias': jnp.array([0.5])}
+    result = Conv(1, 1).apply({'params': params}, jnp.ones((1, 6, 6, 1)))[0, :, :, 0]
+    assert (result[0, 0], result[2, 2], result[0, 2]) == (9.5, 25.5, 15.5)
+
+
+@pytest.mark.parametrize(('height', 'width'), SIZES)
+def test_pooled_convolution(height, width):
+    inputs, features = 3, 2
+    module, x = Conv(inputs, features), random(2, height, width, inputs)
+    params = randomised(module, x)
+    convolved = module.apply(params, x)
+    windows = convolved.reshape(2, height // 2, 2, width // 2, 2, features)
+    close(module.apply(params, x, method='pooled'), windows.max((2, 4)))
+    close(layers.max_pool(convolved), windows.max((2, 4)))
+
+
+@pytest.mark.parametrize(('height', 'width'), [*SIZES, (3, 5), (1, 1)])
+def test_upsampled_convolution(height, width):
+    inputs, features = 3, 2
+    module, x = Conv(inputs, features), random(2, height, width, inputs)
+    params = randomised(module, x)
+    expected = module.apply(params, jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+    result = module.apply(params, x, method='upsampled')
+    assert result.shape == (2, 2 * height, 2 * width, features)
+    close(result, expected)
+
+
+def test_gradients_of_folded_convolutions():
+    module, x = Conv(2, 3), random(1, 6, 4, 2)
+    params = randomised(module, x)
+
+    def gradient(function):
+        return jax.grad(lambda p: jnp.sum(function(p) ** 2))(params)['params']
+
+    for folded, plain in (
+        (
+            lambda p: module.apply(p, x, method='pooled'),
+            lambda p: layers.max_pool(module.apply(p, x)),
+        ),
+        (
+            lambda p: module.apply(p, x, method='upsampled'),
+            lambda p: module.apply(p, jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)),
+        ),
+    ):
+        actual, expected = gradient(folded), gradient(plain)
+        for name in ('kernel', 'bias'):
+            close(actual[name] / 100, expected[name] / 100)
+
+
+def test_space_to_depth_by_hand():
+    x = jnp.arange(16).reshape(1, 4, 4, 1)
+    assert layers.space_to_depth(x)[0].tolist() == [
+        [[0, 1, 4, 5], [2, 3, 6, 7]],
+        [[8, 9, 12, 13], [10, 11, 14, 15]],
+    ]
+    y = random(2, 6, 8, 3)
+    np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(y)), y)
+
+
+def test_max_pool_by_hand():
+    x = jnp.array([[1.0, 2, 5, 0], [3, 0, -1, -2]]).reshape(1, 2, 4, 1)
+    assert layers.max_pool(x)[0, :, :, 0].tolist() == [[3, 5]]
+
+
+def test_products_are_computed_in_the_dtype_and_parameters_stay_float32():
+    for module, x in (
+        (Linear((4,), 3, dtype=jnp.bfloat16), random(2, 4)),
+        (Conv(4, 3, jnp.bfloat16), random(1, 4, 4, 4)),
+        (MLP((4,), 2, 3, jnp.bfloat16), random(2, 4)),
+    ):
+        params = jax.eval_shape(module.init, jax.random.key(0), x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+        assert jax.eval_shape(module.apply, params, x).dtype == jnp.bfloat16

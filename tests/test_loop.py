@@ -1,0 +1,450 @@
+"""Whole runs: what is stored, when it is trained on, and that a run goes on where it stopped."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+from tiny_runs import SEQUENCES, STEPS
+
+from dreamerv3_jax import checkpoint, loop, policy, run_folder, update
+from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.loop import Trainer
+
+COUNTER = 'toy_envs:Counter'
+BATCH_STEPS = SEQUENCES * STEPS
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / 'compiled'
+    with tiny_runs.quick_compilation(folder):
+        yield folder
+
+
+@pytest.fixture
+def fresh_agents():
+    """For tests that have to begin with nothing compiled."""
+
+
+@pytest.fixture(autouse=True)
+def shared_agents(monkeypatch, request):
+    if 'fresh_agents' not in request.fixturenames:
+        tiny_runs.share_agents(monkeypatch)
+
+
+def counter_config(**changes):
+    return tiny_runs.run_config(COUNTER, **changes)
+
+
+def stored(trainer):
+    """Everything in the replay, [streams, records, ...] by name."""
+    arrays = trainer._replay.state()['arrays']
+    return {name.removeprefix('data/'): array.copy() for name, array in arrays.items()}
+
+
+def due(steps, first_steps, ratio):
+    """How many updates there must have been."""
+    return 1 + int((steps - first_steps) * Fraction(str(ratio)) / BATCH_STEPS)
+
+
+# Content of the replay.
+
+
+@pytest.mark.parametrize(
+    ('autoreset', 'end'),
+    [('next_step', 'terminated'), ('next_step', 'truncated'), ('same_step', 'terminated')],
+)
+def test_replay_holds_the_true_stream(autoreset, end, tmp_path):
+    """Both ways to reset store the same stream: 0, 1, 2, 3 (last), 0, 1, ... with its actions."""
+    config = counter_config(env__autoreset=autoreset, env__kwargs={'length': 3, 'end': end})
+    with tiny_runs.ticked(config, tmp_path, 11) as trainer:
+        data, counters = stored(trainer), trainer.counters
+    records = {'next_step': 11, 'same_step': 14}[autoreset]  # three ends came on top of 11 records
+    assert data['count'].tolist() == [records, records]
+    step, episode = np.arange(records) % 4, np.arange(records) // 4 + 1
+    np.testing.assert_array_equal(data['is_first'], [step == 0] * 2)
+    np.testing.assert_array_equal(data['is_last'], [step == 3] * 2)
+    terminal = (step == 3) & (end == 'terminated')
+    np.testing.assert_array_equal(data['is_terminal'], [terminal] * 2)
+    np.testing.assert_array_equal(data['observation/count'], [np.stack([episode, step], 1)] * 2)
+    action = data['action/action'][..., 0]
+    assert set(action[:, step != 3].ravel().tolist()) == {0, 1, 2}
+    assert not action[:, step == 3].any()
+    before = np.roll(action, 1, 1)
+    np.testing.assert_array_equal(
+        data['observation/action'][..., 0], np.where(step == 0, 3, before)
+    )
+    np.testing.assert_array_equal(data['reward'], np.where(step == 0, 0, 10 * step + before))
+    # Resets are no steps of the agent: 3 of 4 records in one way, every tick in the other.
+    steps = 2 * {'next_step': 9, 'same_step': 11}[autoreset]
+    assert (counters['ticks'], counters['steps'], counters['frames']) == (11, steps, steps)
+    assert counters['episodes'] == 2 * 3
+
+
+def test_action_repeat_counts_frames(tmp_path):
+    config = counter_config(env__repeat=2, env__kwargs={'length': 4})
+    with tiny_runs.ticked(config, tmp_path, 5) as trainer:
+        data, counters = stored(trainer), trainer.counters
+    assert data['observation/count'][0, :, 1].tolist() == [0, 2, 4, 0, 2]
+    assert (counters['steps'], counters['frames']) == (8, 16)
+
+
+def test_stored_latents_are_those_of_the_policy(tmp_path):
+    config = counter_config()
+    with tiny_runs.ticked(config, tmp_path, 12) as trainer:
+        data, specs = stored(trainer), (trainer._env.observation_specs, trainer._env.action_specs)
+    agent = Agent(*specs, config.agent)
+    params, state = agent.init(config.seed).params, agent.initial_policy_state(2)
+    for tick in range(12):
+        observation = {name: data[f'observation/{name}'][:, tick] for name in specs[0]}
+        is_first = data['is_first'][:, tick]
+        state, actions, latent = agent.policy(
+            params, state, observation, is_first, (config.seed, tick)
+        )
+        np.testing.assert_array_equal(data['deter'][:, tick], latent.deter)
+        np.testing.assert_array_equal(data['stoch'][:, tick], latent.stoch)
+        taken = np.where(data['is_last'][:, tick, None], 0, actions['action'])
+        np.testing.assert_array_equal(data['action/action'][:, tick], taken)
+    assert data['has_latent'].all()
+
+
+class Spy:
+    """Follows a trainer through its agent and its replay, and keeps its own copy of the latents."""
+
+    def __init__(self, trainer, monkeypatch):
+        self.trainer = trainer
+        self.latents = {}  # by name, [2, records, ...]
+        self.policy_calls = 0
+        self._params = trainer._state.params
+        self._act, self._update = trainer._agent.policy, trainer._agent.update
+        self._sample = trainer._replay.sample
+        self._pending = None
+        monkeypatch.setattr(trainer._agent, 'policy', self.policy)
+        monkeypatch.setattr(trainer._agent, 'update', self.update)
+        monkeypatch.setattr(trainer._replay, 'sample', self.sample)
+
+    def policy(self, params, *args, **options):
+        assert params is self._params, 'the actor plays with old parameters'
+        self.policy_calls += 1
+        result = self._act(params, *args, **options)
+        for name, value in result[2]._asdict().items():
+            self.latents.setdefault(name, []).append(np.array(value))
+        return result
+
+    def sample(self):
+        self.write_back()
+        batch, self._index = self._sample()
+        for name in ('deter', 'stoch'):
+            before = np.stack(self.latents[name], 1)[self._index.stream, self._index.first]
+            np.testing.assert_array_equal(batch[name], before)
+        data = stored(self.trainer)
+        for row, (stream, first) in enumerate(zip(*self._index, strict=True)):
+            count = data['observation/count'][stream, first : first + STEPS + 1]
+            np.testing.assert_array_equal(batch['observation/count'][row], count)
+        assert not batch['is_first'][batch['observation/count'][..., 1] != 0].any()
+        return batch, self._index
+
+    def update(self, state, batch):
+        result = self._update(state, batch)
+        self._params = result[0].params
+        self._pending = (self._index, jax.tree.map(np.array, result[1]))
+        return result
+
+    def write_back(self):
+        """Does what the trainer must have done by now."""
+        if self._pending is None:
+            return
+        index, latents = self._pending
+        for row, (stream, first) in enumerate(zip(*index, strict=True)):
+            for step in range(STEPS):
+                for name, value in latents._asdict().items():
+                    self.latents[name][first + 1 + step][stream] = value[row, step]
+        self._pending = None
+
+
+@pytest.mark.medium
+def test_training_ticks(tmp_path, monkeypatch):
+    """Parameters, latents and the number of updates are right after every single tick."""
+    ratio, first_steps, updates = 20.5, None, []
+    config = counter_config(replay__train_ratio=ratio)
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        spy = Spy(trainer, monkeypatch)
+        for _ in range(45):
+            trainer.tick()
+            steps = trainer.counters['steps']
+            if first_steps is None and len(trainer._replay) > BATCH_STEPS:
+                first_steps = steps
+            expected = 0 if first_steps is None else due(steps, first_steps, ratio)
+            updates.append(trainer.counters['updates'])
+            assert updates[-1] == expected == int(trainer._state.updates)
+        trainer._write_back()
+        spy.write_back()
+        data = stored(trainer)
+    assert spy.policy_calls == 45 and max(np.diff(updates)) == 2 and updates[-1] > 20
+    for name, value in spy.latents.items():
+        np.testing.assert_array_equal(data[name], np.stack(value, 1))
+
+
+@pytest.mark.medium
+def test_compiles_once(tmp_path, monkeypatch, fresh_agents):
+    traces = []
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        @functools.wraps(function)
+        def counted(*args, **options):
+            traces.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(update, 'update')
+    count(policy, 'act')
+    loop.train(counter_config(run__steps=60), tmp_path, 'tiny')
+    assert sorted(traces) == ['act', 'update']
+
+
+# Whole runs.
+
+
+@pytest.mark.medium
+def test_runs_are_deterministic(tmp_path, fresh_agents):
+    config = tiny_runs.run_config('Pendulum-v1', run__steps=90, replay__train_ratio=128.0)
+    finals = []
+    for name in ('one', 'other'):
+        with Trainer(config, tmp_path / name, 'tiny') as trainer:
+            trainer.run()
+            finals.append((jax.tree.map(np.array, trainer._state), stored(trainer)))
+    one, other = (tiny_runs.read_metrics(tmp_path / name) for name in ('one', 'other'))
+    assert one == other and one[-1]['count/updates'] > 200
+    losses = [line['train/loss/total'] for line in one if 'train/loss/total' in line]
+    assert len(losses) > 20 and np.isfinite(losses).all()
+    jax.tree.map(np.testing.assert_array_equal, *finals)
+    action = finals[0][1]['action/action']
+    assert action.dtype == np.float32 and np.abs(action).max() > 1  # stored as sampled
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize('on_disk', [False, True])
+def test_resume(on_disk, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    config = counter_config(replay__on_disk=on_disk, run__steps=60)
+    with Trainer(config, folder, 'tiny') as trainer:
+        trainer.run()
+        before, data = dict(trainer.counters), stored(trainer)
+        state, ratio = jax.tree.map(np.array, trainer._state), trainer._ratio.state()
+    assert 60 <= before['frames'] < 62 and before['updates'] > 20
+    rings = {path.name for path in (folder / 'replay').glob('*')} if on_disk else set()
+    assert ('deter.ring' in rings) == on_disk
+    lines = (folder / 'metrics.jsonl').read_text()
+    with (folder / 'metrics.jsonl').open('a') as file:  # of a crash after the last checkpoint
+        file.write('{"step": 999, "time": 1.0}\n{"step": 10')
+    capsys.readouterr()
+
+    config.run.steps = 100
+    with Trainer(config, folder, 'tiny') as trainer:
+        assert trainer.counters == before
+        assert trainer._ratio.state() == ratio
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer._state), state)
+        for name, value in stored(trainer).items():
+            np.testing.assert_array_equal(value, data[name])
+        assert (folder / 'metrics.jsonl').read_text() == lines
+        trainer.run()
+        after = trainer.counters
+        # One update per step, before and after.
+        assert after['updates'] - before['updates'] == after['steps'] - before['steps']
+    assert f'Going on at {before["frames"]} frames and {before["updates"]} updates' in (
+        capsys.readouterr().out
+    )
+    assert (folder / 'metrics.jsonl').read_text().startswith(lines)
+    metrics = tiny_runs.read_metrics(folder)
+    updates = [line['count/updates'] for line in metrics]
+    steps = [line['step'] for line in metrics]
+    assert steps == sorted(steps) and updates == sorted(updates) and updates[-1] == after['updates']
+
+    loop.train(config, folder, 'tiny')  # the same again
+    assert 'The run is complete; go on with --config.run.steps above' in capsys.readouterr().out
+    assert tiny_runs.read_metrics(folder) == metrics
+
+
+def test_replay_on_disk_is_the_same(tmp_path):
+    found = []
+    for name, on_disk in (('memory', False), ('disk', True)):
+        config = counter_config(replay__on_disk=on_disk)
+        with tiny_runs.ticked(config, tmp_path / name, 6) as trainer:
+            found.append(stored(trainer))
+    for name, value in found[0].items():
+        np.testing.assert_array_equal(value, found[1][name])
+
+
+def test_resume_without_replay(tmp_path):
+    config = counter_config(run__checkpoint_replay=False)
+    with tiny_runs.ticked(config, tmp_path, 5) as trainer:
+        trainer.save()
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        assert trainer.counters['ticks'] == 5 and len(trainer._replay) == 0
+
+
+def test_save_before_the_first_step(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 0) as trainer:
+        trainer.save()
+    with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
+        assert trainer.counters['ticks'] == 0
+
+
+def test_every_start_plays_other_episodes(tmp_path):
+    found = []
+    for _ in range(2):
+        with tiny_runs.ticked(tiny_runs.run_config('Pendulum-v1'), tmp_path, 3) as trainer:
+            trainer.save()
+            found.append(stored(trainer)['observation/observation'])
+    assert found[1].shape[1] == 6
+    np.testing.assert_array_equal(found[1][:, :3], found[0])
+    assert np.all(found[1][:, 3] != found[0][:, 0])
+
+
+def test_other_settings_are_refused(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.save()
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    config = counter_config(
+        seed=1, agent__units=16, env__kwargs={'length': 3}, run__steps=50, run__log_every=3.0
+    )
+    with pytest.raises(UserError) as error:
+        loop.train(config, tmp_path, 'tiny')
+    assert str(error.value) == (
+        f'{tmp_path} holds a run with other settings (agent.units: 8 then, 16 now; '
+        'env.kwargs.length: absent then, 3 now; seed: 0 then, 1 now); choose another folder with '
+        '--config.logdir, or the same settings.'
+    )
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    run_folder.check(tmp_path, counter_config(run__steps=50, mesh__fsdp=2, logdir='x'))
+
+
+def test_settings_survive(tmp_path):
+    config = counter_config(env__kwargs={'sizes': (1, 2), 'names': {'a': None}})
+    run_folder.create(tmp_path, config)
+    run_folder.check(tmp_path, config)
+    assert run_folder.read_config(tmp_path).env.kwargs.names.a is None
+    with pytest.raises(UserError, match='env.kwargs takes numbers, text, lists'):
+        run_folder.create(tmp_path, counter_config(env__kwargs={'x': {1, 2}}))
+    run_folder.check(tmp_path, config)
+    (tmp_path / 'config.json').write_text('{"seed": 1')
+    with pytest.raises(UserError, match='config.json is damaged'):
+        run_folder.check(tmp_path, config)
+    with pytest.raises(UserError, match='holds no run: config.json cannot be read'):
+        run_folder.read_config(tmp_path / 'other')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='Cannot write to'):
+        run_folder.create(tmp_path / 'file', config)
+
+
+def test_messages(tmp_path, capsys):
+    folder = tmp_path / 'run'
+    config = counter_config(replay__train_ratio=64.0, env__kwargs={'length': 3})
+    with Trainer(config, folder, 'mine') as trainer:
+        step_bytes = sum(
+            array.nbytes // array.shape[1] // 2
+            for name, array in trainer._replay._by_stream().items()
+        )
+        counts = trainer._agent.parameter_counts()
+    text = capsys.readouterr().out
+    for words in (
+        f'{folder} (preset mine, seed 0)',
+        'toy_envs:Counter, 2 in parallel, repeat 1',
+        'action: 4 choices, count: 2 numbers',
+        'action: 3 choices',
+        f'{sum(counts.values()):,} (nano)',
+        f'dynamics {counts["dynamics"]:,}',
+        '4 cpu',
+        'mesh data=1 fsdp=1',
+        f'2,000 steps x {step_bytes:,} bytes = 0.00 GB of memory',
+        'one update every 0.5 steps (train ratio 64), until 100 frames',
+    ):
+        assert words in text, words
+    assert (folder / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'mesh__data': 3}, 'A batch of 4 sequences does not divide among 3 devices'),
+        ({'mesh__data': 8}, 'needs 8 devices and there are 4'),
+        ({'replay__capacity': 10**13}, 'set --config.replay.capacity='),
+        ({'env__id': 'toy_envs:fails'}, 'no such robot'),
+    ],
+)
+def test_mistakes_leave_no_folder(changes, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        loop.train(counter_config(**changes), tmp_path / 'run', 'tiny')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_failing_environment(tmp_path):
+    config = counter_config(env__kwargs={'length': 9, 'fail_at': 4})
+    with pytest.raises(UserError, match='the robot fell over'):
+        tiny_runs.ticked(config, tmp_path, 9)
+
+
+# Ctrl-C.
+
+
+def flags(config, prefix='config'):
+    for name, value in config.items():
+        if hasattr(value, 'items'):
+            yield from flags(value, f'{prefix}.{name}')
+        elif name != 'size':
+            yield f'--{prefix}.{name}={value}'
+
+
+@pytest.mark.medium
+def test_interruption(tmp_path, compiled):
+    """A real process, a real signal: it stops at once, and the same command goes on from there."""
+    folder = tmp_path / 'run'
+    config = counter_config(run__steps=1_000_000, logdir=str(folder))
+    command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstart']
+    variables = tiny_runs.quick_variables(compiled) | {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_NUM_CPU_DEVICES': '4',
+        'PYTHONPATH': os.path.dirname(__file__),
+    }
+    process = subprocess.Popen(
+        [*command, *flags(config)],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: (folder / 'metrics.jsonl').exists(), process)
+        wait_for(lambda: '"train/' in (folder / 'metrics.jsonl').read_text(), process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out + err
+    assert err == ''
+    assert 'Stopping; saving a checkpoint' in out
+    updates = tiny_runs.read_metrics(folder)[-1]['count/updates']
+    assert checkpoint.latest_step(folder / 'checkpoints')
+    with Trainer(config, folder, 'tiny') as trainer:
+        assert trainer.counters['updates'] == updates == int(trainer._state.updates) > 0
+        assert len(trainer._replay) > BATCH_STEPS
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,0 +1,318 @@
+"""The recurrent model: its equations in plain numpy, its scans as loops, and its resets."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+from tiny_agent import ACTION_SPECS, CONFIG, OBSERVATION_SPECS, config, networks, parameters
+
+from dreamerv3_jax import rssm
+from dreamerv3_jax.networks import make_networks
+from dreamerv3_jax.types import Latent, StoredLatent
+
+D, S, C, G, U = CONFIG.deter, CONFIG.stoch, CONFIG.classes, CONFIG.blocks, CONFIG.hidden
+A, TOKENS, STEPS = 7, 8, 5
+UNIMIX = dict(unimix=CONFIG.unimix)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick(tmp_path_factory):
+    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
+        yield
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def latent(count, seed=0):
+    index = np.random.default_rng(seed).integers(C, size=(count, S))
+    return Latent(random(count, D, seed=seed), jax.nn.one_hot(index, C))
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def observe(start, action, tokens, is_first, params, key=None):
+    return rssm.observe(
+        networks().dynamics, params['dynamics'], start, action, tokens, is_first, key, **UNIMIX
+    )
+
+
+@functools.cache
+def inputs():
+    """Four rows: none reset, reset at step 2, at step 0, at every step."""
+    is_first = np.zeros((4, STEPS), bool)
+    is_first[1, 2] = is_first[2, 0] = True
+    is_first[3] = True
+    return latent(4), random(4, STEPS, A), random(4, STEPS, TOKENS, seed=1), jnp.asarray(is_first)
+
+
+def observed(*arguments):
+    return observe(*arguments, parameters())
+
+
+# The cell.
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def norm_silu(x, scale):
+    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-4) * scale[None]
+    return x * sigmoid(x)
+
+
+def linear(x, layer):
+    return x @ layer['kernel'] + layer['bias'][None]
+
+
+def hidden(x, layer):
+    return norm_silu(linear(x, layer['linear']), layer['norm']['scale'])
+
+
+def block_linear(slices, layer):
+    """Each of G inputs [N, in] through its own block -> [G, N, out]."""
+    bias = layer['bias'].reshape(G, 1, -1)
+    return np.stack([x @ layer['kernel'][g] + bias[g] for g, x in enumerate(slices)])
+
+
+def plain_sequence(deter, stoch, action, params):
+    projections = (('deter_in', deter), ('stoch_in', stoch), ('action_in', action))
+    shared = np.concatenate([hidden(x, params[name]) for name, x in projections], -1)
+    slices = np.split(deter, G, -1)
+    x = block_linear([np.concatenate([x, shared], -1) for x in slices], params['recurrent'])
+    x = norm_silu(np.concatenate(list(x), -1), params['recurrent_norm']['scale'])
+    gates = block_linear(np.split(x, G, -1), params['gates'])
+    result = []
+    for gate, old in zip(gates, slices, strict=True):
+        reset, candidate, update = np.split(gate, 3, -1)
+        update = sigmoid(update - 1)
+        result.append(update * np.tanh(sigmoid(reset) * candidate) + (1 - update) * old)
+    return np.concatenate(result, -1)
+
+
+def test_cell_is_its_plain_form():
+    params = parameters()['dynamics']
+    deter, stoch, action, tokens = (
+        np.asarray(random(3, n, seed=n), np.float64) for n in (D, S * C, A, TOKENS)
+    )
+    deter_after, prior, posterior = networks().dynamics(
+        params, *map(jnp.float32, (deter, stoch, action, tokens))
+    )
+    expected = plain_sequence(deter, stoch, action, params)
+    np.testing.assert_allclose(deter_after, expected, rtol=1e-4, atol=1e-5)
+    layer = hidden(expected, params['prior_hidden']['hidden_0'])
+    np.testing.assert_allclose(
+        prior.reshape(3, -1), linear(layer, params['prior_logits']), rtol=1e-3, atol=1e-4
+    )
+    layer = hidden(np.concatenate([expected, tokens], -1), params['posterior_first'])
+    np.testing.assert_allclose(
+        posterior.reshape(3, -1), linear(layer, params['posterior_logits']), rtol=1e-3, atol=1e-4
+    )
+    assert prior.shape == posterior.shape == (3, S, C)
+
+
+# Scans.
+
+
+def test_observe_is_a_loop_of_steps():
+    start, action, tokens, is_first = inputs()
+    result = observed(start, action, tokens, is_first)
+    params, dynamics = parameters()['dynamics'], networks().dynamics
+    now = start
+    for t in range(STEPS):
+        embedded = rssm.embed_previous_action(dynamics, params, action[:, t], is_first[:, t])
+        now, log_posterior = rssm.observe_step(
+            dynamics,
+            params,
+            now,
+            embedded,
+            dynamics(params, tokens[:, t], method='embed_tokens'),
+            is_first[:, t],
+            None,
+            **UNIMIX,
+        )
+        np.testing.assert_allclose(result.latent.deter[:, t], now.deter, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(result.latent.stoch[:, t], now.stoch, atol=1e-6)
+        np.testing.assert_allclose(result.log_posterior[:, t], log_posterior, rtol=1e-3, atol=1e-4)
+
+
+def test_imagine_is_a_loop_of_steps():
+    """States from the start on, each with the action that leads to the next one."""
+    start, params, dynamics = latent(3, seed=5), parameters()['dynamics'], networks().dynamics
+    weights = random(D, A, seed=6)
+
+    def act(state, key):
+        return jnp.tanh(state.deter @ weights), state.deter[:, 0]
+
+    latents, last, record = jax.jit(
+        lambda start: rssm.imagine(dynamics, params, start, act, 3, None, **UNIMIX)
+    )(start)
+    deter, stoch = (np.asarray(x, np.float64) for x in (start.deter, start.stoch))
+    for t in range(4):
+        reached = last if t == 3 else Latent(latents.deter[t], latents.stoch[t])
+        np.testing.assert_allclose(reached.deter, deter, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(reached.stoch, stoch, atol=1e-6)
+        if t < 3:
+            np.testing.assert_allclose(record[t], deter[:, 0], rtol=1e-3, atol=1e-4)
+        deter = plain_sequence(deter, stoch.reshape(3, -1), np.tanh(deter @ weights), params)
+        logits = linear(hidden(deter, params['prior_hidden']['hidden_0']), params['prior_logits'])
+        stoch = np.eye(C)[logits.reshape(3, S, C).argmax(-1)]
+    assert latents.deter.shape == (3, 3, D) and latents.stoch.shape == (3, 3, S, C)
+
+
+# Resets.
+
+
+def changed_before(row, step):
+    """The inputs with everything that a row knew before a step changed, that step's action too."""
+    start, action, tokens, is_first = inputs()
+    return (
+        Latent(start.deter.at[row].add(1.0), start.stoch.at[row].set(start.stoch[row, ::-1])),
+        action.at[row, : step + 1].add(1.0),
+        tokens.at[row, :step].add(1.0),
+        is_first,
+    )
+
+
+@pytest.mark.parametrize(('row', 'step'), [(1, 2), (2, 0), (3, 4)])
+def test_nothing_passes_a_reset(row, step):
+    before, after = observed(*inputs()), observed(*changed_before(row, step))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x[row, step:], y[row, step:]), before, after
+    )
+    # The change was noticed before the reset, and never by other rows.
+    others = np.arange(4) != row
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[others], y[others]), before, after)
+    if step:
+        assert np.any(before.log_posterior[row, :step] != after.log_posterior[row, :step])
+
+
+def test_everything_passes_where_there_is_no_reset():
+    start, action, tokens, is_first = inputs()
+    result = observed(start, action, tokens, is_first)
+    for changed in (
+        (start._replace(deter=start.deter.at[0].add(1.0)), action, tokens),
+        (start._replace(stoch=start.stoch.at[0].set(start.stoch[0, ::-1])), action, tokens),
+        (start, action.at[0, 0].add(1.0), tokens),
+        (start, action, tokens.at[0, 0].add(1.0)),
+    ):
+        other = observed(*changed, is_first)
+        assert np.all(np.any(result.log_posterior[0] != other.log_posterior[0], (-2, -1))[:2])
+        assert np.any(result.log_prior[0, -1] != other.log_prior[0, -1])
+
+
+def test_a_reset_starts_from_zeros():
+    start, action, tokens, is_first = inputs()
+    result = observed(start, action, tokens, is_first)
+    blank = observed(
+        jax.tree.map(jnp.zeros_like, start),
+        jnp.zeros_like(action).at[:, 1:].set(action[:, 3:].repeat(2, 1)),
+        tokens[:, jnp.array([2, 3, 4, 4, 4])],
+        jnp.zeros_like(is_first),
+    )
+    np.testing.assert_allclose(
+        result.log_posterior[1, 2:4], blank.log_posterior[1, :2], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_reset_also_stops_what_is_not_a_number():
+    start, action, tokens, is_first = inputs()
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), start)
+    result = observed(broken, action.at[:, 0].set(jnp.nan), tokens, is_first)
+    assert np.all(np.isfinite(result.log_posterior[2:])) and np.all(
+        np.isnan(result.latent.deter[0])
+    )
+
+
+def test_the_prior_does_not_see_the_present():
+    # The prior of a step knows the actions up to it but not its observation; the posterior does.
+    start, action, tokens, is_first = inputs()
+    result = observed(start, action, tokens, is_first)
+    other = observed(start, action, tokens.at[0, 1].add(1.0), is_first)
+    np.testing.assert_array_equal(result.log_prior[0, :2], other.log_prior[0, :2])
+    assert np.any(result.log_posterior[0, 1] != other.log_posterior[0, 1])
+    other = observed(start, action.at[0, 1].add(1.0), tokens, is_first)
+    np.testing.assert_array_equal(result.log_prior[0, 0], other.log_prior[0, 0])
+    assert np.any(result.log_prior[0, 1] != other.log_prior[0, 1])
+
+
+# Latents.
+
+
+def test_prior_and_posterior_are_one_percent_uniform():
+    # Even with enormous logits no class is less likely than 1% / C.
+    params = parameters()
+    for name in ('prior_logits', 'posterior_logits'):
+        layer = params['dynamics'][name]
+        layer = {**layer, 'kernel': 1e4 * layer['kernel']}
+        params = {**params, 'dynamics': {**params['dynamics'], name: layer}}
+    result = observe(*inputs(), params)
+    for log_probs in (result.log_posterior, result.log_prior):
+        np.testing.assert_allclose(jnp.exp(log_probs).sum(-1), 1, rtol=1e-5)
+        np.testing.assert_allclose(jnp.exp(log_probs).min(), 0.01 / C, rtol=1e-3)
+        np.testing.assert_allclose(jnp.exp(log_probs).max(), 0.99 + 0.01 / C, rtol=1e-3)
+
+
+def test_imagined_latents_are_one_percent_uniform(monkeypatch):
+    # With a uniform number just below 1 the last class is drawn, however unlikely it is by itself.
+    monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.full(shape, 0.9999))
+    params = parameters()['dynamics']
+    layer = params['prior_logits']
+    bias = jnp.where(jnp.arange(S * C) % C == 0, 1e6, 0.0)
+    params = {**params, 'prior_logits': {'kernel': layer['kernel'], 'bias': bias}}
+    act = lambda state, key: (jnp.zeros((2, A)), ())  # noqa: E731
+    _, last, _ = rssm.imagine(
+        networks().dynamics, params, latent(2), act, 1, jax.random.key(0), **UNIMIX
+    )
+    np.testing.assert_array_equal(last.stoch.argmax(-1), C - 1)
+
+
+def test_sampled_latents_pass_the_gradient_of_their_probabilities():
+    log_probs = jnp.log(jnp.array([[[0.2, 0.8], [0.7, 0.3]]]))
+    sample = rssm.sample_latent(log_probs, jax.random.key(0), jnp.float32)
+    assert np.isin(np.round(sample, 6), [0, 1]).all()
+    np.testing.assert_allclose(sample.sum(-1), 1, rtol=1e-6)
+    gradient = jax.grad(lambda x: rssm.sample_latent(x, None, jnp.float32)[..., 0].sum())
+    # d exp(log p) / d log p = p of the first class.
+    np.testing.assert_allclose(gradient(log_probs), [[[0.2, 0], [0.7, 0]]], rtol=1e-6)
+    mode = rssm.sample_latent(log_probs, None, jnp.float32)
+    np.testing.assert_allclose(mode, [[[0, 1], [1, 0]]], atol=1e-7)
+
+
+def test_stored_latents_come_back():
+    state = latent(6, seed=9)
+    stored = rssm.store_latent(state)
+    assert stored.deter.dtype == jnp.float32 and stored.stoch.dtype == jnp.uint8
+    assert stored.stoch.shape == (6, S)
+    restored = rssm.restore_latent(stored, CONFIG, jnp.dtype('float32'))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    # The largest size has 96 classes.
+    last = StoredLatent(jnp.zeros((1, 1)), jnp.full((1, 1), 95, jnp.uint8))
+    restored = rssm.restore_latent(last, config(classes=96), jnp.dtype('bfloat16'))
+    assert restored.stoch.argmax() == 95 and restored.stoch.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_scans_carry_the_compute_dtype(dtype):
+    dynamics = make_networks(OBSERVATION_SPECS, ACTION_SPECS, config(compute_dtype=dtype)).dynamics
+    start, action, tokens, is_first = jax.eval_shape(inputs)
+    start = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), start)
+    tokens = jax.ShapeDtypeStruct(tokens.shape, dtype)
+    params, key = parameters()['dynamics'], jax.random.key(0)
+    result = jax.eval_shape(
+        lambda *xs: rssm.observe(dynamics, params, *xs, key, **UNIMIX),
+        start, action, tokens, is_first,
+    )  # fmt: skip
+    assert result.latent.deter.dtype == result.latent.stoch.dtype == dtype
+    assert result.log_posterior.dtype == result.log_prior.dtype == jnp.float32
+    latents, last, _ = jax.eval_shape(
+        lambda start: rssm.imagine(
+            dynamics, params, start, lambda *_: (jnp.zeros((4, A)), ()), 2, key, **UNIMIX
+        ),
+        start,
+    )
+    assert {x.dtype for x in (*latents, *last)} == {jnp.dtype(dtype)}
