@@ -23,4 +23,5 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
     config.env.repeat = 4
     config.replay.train_ratio = 256.0
     config.run.steps = 400_000
+    config.replay.capacity = 110_000  # the whole run
     return config

@@ -8,11 +8,10 @@ import ml_collections
 
 from dreamerv3_jax.errors import UserError
 
-# name: (deter, hidden, classes, depth, units). The first two are for CPUs; the others are the
-# published ones.
+# name: (deter, hidden, classes, depth, units). The first is for CPUs: its heads are wide, as at the
+# one learning rate a head learns faster the wider it is. The others are the published ones.
 SIZES = {
-    'nano': (256, 32, 4, 2, 32),
-    'micro': (256, 64, 4, 4, 64),
+    'nano': (256, 32, 4, 4, 128),
     'size1m': (512, 64, 4, 4, 64),
     'size12m': (2048, 256, 16, 16, 256),
     'size25m': (3072, 384, 24, 24, 384),

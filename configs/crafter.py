@@ -20,4 +20,5 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
     config.env.num_envs = 1
     config.replay.train_ratio = 512.0
     config.run.steps = 1_000_000
+    config.replay.capacity = 1_000_000  # the whole run
     return config

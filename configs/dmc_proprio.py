@@ -23,4 +23,5 @@ def get_config(size: str = 'size1m') -> ml_collections.ConfigDict:
     config.env.id = 'dmc/walker_walk'
     config.replay.train_ratio = 1024.0
     config.run.steps = 1_000_000
+    config.replay.capacity = 1_000_000  # the whole run
     return config

@@ -21,4 +21,5 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
     config.env.image_size = 64
     config.replay.train_ratio = 256.0
     config.run.steps = 1_000_000
+    config.replay.capacity = 1_000_000  # the whole run
     return config

@@ -23,4 +23,5 @@ def get_config(size: str = 'size1m') -> ml_collections.ConfigDict:
     config.env.num_envs = 4
     config.replay.train_ratio = 256.0
     config.run.steps = 1_000_000
+    config.replay.capacity = 1_000_000  # the whole run
     return config

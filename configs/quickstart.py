@@ -19,4 +19,5 @@ def get_config(size: str = 'nano') -> ml_collections.ConfigDict:
     config.env.id = 'CartPole-v1'
     config.env.vectorization = 'sync'
     config.run.steps = 20_000
+    config.replay.capacity = 200_000  # the whole run
     return config

@@ -103,7 +103,9 @@ class Agent:
         config, dtype = self.config, compute_dtype(self.config)
         deter = jnp.zeros((count, config.deter), dtype)
         stoch = jnp.zeros((count, config.stoch, config.classes), dtype)
-        return PolicyState(Latent(deter, stoch), zero_actions(self.action_specs, count))
+        state = PolicyState(Latent(deter, stoch), zero_actions(self.action_specs, count))
+        # Placed as the policy returns it: its second call must not compile again.
+        return jax.device_put(state, sharding.replicated(self.mesh))
 
     def policy(
         self,

@@ -1,7 +1,11 @@
 """The training loop: step the environments, act, store, train when it is due, log, checkpoint."""
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Mapping
+import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from dreamerv3_jax.types import Batch, Metrics, StoredLatent
 FLAGS = ('is_first', 'is_last', 'is_terminal')
 
 
-def train(config: ml_collections.ConfigDict, logdir: Path, preset: str) -> None:
+def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = 'none') -> None:
     """Trains until `config.run.steps` environment frames, or goes on with the run in `logdir`.
 
     Args:
@@ -30,6 +34,7 @@ def train(config: ml_collections.ConfigDict, logdir: Path, preset: str) -> None:
     Raises:
       UserError: a setting, the environment or the folder does not allow the run.
     """
+    logdir = Path(logdir)
     run_folder.check(logdir, config)
     with Trainer(config, logdir, preset) as trainer:
         trainer.run()
@@ -119,8 +124,8 @@ class Trainer:
         self._progress.message(f'Compiled in {time.monotonic() - started:.0f} s.')
         self._timer.restart()
         logged = saved = time.monotonic()
-        try:
-            while self.counters['frames'] < run.steps:
+        with _interrupts() as interrupts:
+            while self.counters['frames'] < run.steps and not interrupts:
                 self.tick()
                 now = time.monotonic()
                 self._progress.update(
@@ -133,14 +138,13 @@ class Trainer:
                     with self._timer.section('checkpoint'):
                         self.save()
                     saved = now
-        except KeyboardInterrupt:
-            self._progress.message('Stopping; saving a checkpoint ...')
+            if interrupts:
+                self._progress.message('Stopping; saving a checkpoint ...')
             self.log(final=True)
             self.save()
-            raise
-        self.log(final=True)
-        self.save()
         self._progress.close()
+        if interrupts:
+            raise KeyboardInterrupt
         print(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
 
     def tick(self) -> None:
@@ -264,6 +268,26 @@ class Trainer:
         }
         for name, text in rows.items():
             self._progress.message(f'{name:12} {text}')
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects Ctrl-C instead of raising it amid an update; a second one raises at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: types.FrameType | None) -> None:
+        if received:
+            signal.default_int_handler(number, frame)
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # cannot handle signals
+        yield received
+        return
+    before = signal.signal(signal.SIGINT, receive)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _list_specs(specs: Mapping[str, ArraySpec]) -> str:

@@ -59,22 +59,30 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot(
-    output: pathlib.Path, title: str, curves: list[pathlib.Path], published: str, target: float | None
+    output: pathlib.Path,
+    title: str,
+    curves: list[pathlib.Path],
+    published: str,
+    target: float | None,
 ) -> None:
-    """Draws scores over environment frames, and the time that each run had taken at its end."""
+    """Draws scores over environment frames, with the minutes that each run had taken."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout='constrained')
     for path in curves:
         header, columns = load(path)
         label = f'seed {header["seed"]} ({columns["seconds"][-1] / 60:.0f} min)'
-        (line,) = axes.plot(columns['step'], smooth(columns['episode/score'], 8), label=label, lw=1.8)
-        axes.plot(columns['step'], columns['episode/score'], color=line.get_color(), alpha=0.2, lw=0.8)
+        frames, scores = columns['step'], columns['episode/score']
+        (line,) = axes.plot(frames, smooth(scores, 8), label=label, lw=1.8)
+        axes.plot(frames, scores, color=line.get_color(), alpha=0.2, lw=0.8)
     if published:
-        scores = json.loads((LEARNING / 'published.json').read_text())[published]
-        frames = np.array([int(frame) for frame in scores])
-        columns = {name: np.array([row[name] for row in scores.values()]) for name in ('median', 'min', 'max')}
+        task = json.loads((LEARNING / 'published.json').read_text())[published]
+        frames = np.array([int(frame) for frame in task])
         shown = frames <= axes.get_xlim()[1] * 1.02
-        axes.plot(frames[shown], columns['median'][shown], 'k--', label='published median')
-        axes.fill_between(frames[shown], columns['min'][shown], columns['max'][shown], color='k', alpha=0.1)
+        median, least, most = (
+            np.array([row[name] for row in task.values()])[shown]
+            for name in ('median', 'min', 'max')
+        )
+        axes.plot(frames[shown], median, 'k--', label='published median')
+        axes.fill_between(frames[shown], least, most, color='k', alpha=0.1)
     if target is not None:
         axes.axhline(target, color='0.6', lw=0.8, ls=':')
     axes.set(title=title, xlabel='environment frames', ylabel='return of training episodes')
@@ -84,7 +92,9 @@ def plot(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest='command', required=True)
     keeping = commands.add_parser('keep')
     keeping.add_argument('run', type=pathlib.Path)

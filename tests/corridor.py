@@ -83,7 +83,12 @@ AGENT_CONFIG = AgentConfig.from_mapping(config().agent)
 _AGENTS: dict[str, Agent] = {}
 
 
-def agent(observation_specs: Any, action_specs: Any, settings: Any, mesh: Any = None) -> Agent:
+def agent(
+    observation_specs: Any = OBSERVATION_SPECS,
+    action_specs: Any = ACTION_SPECS,
+    settings: Any = AGENT_CONFIG,
+    mesh: Any = None,
+) -> Agent:
     """Builds an `Agent`, or returns the compiled one of before: agents hold no state."""
     if not isinstance(settings, AgentConfig):
         settings = AgentConfig.from_mapping(settings)

@@ -248,13 +248,13 @@ def test_file_of_the_user(trained, folder):
         """
         from dreamerv3_jax.configs import quickstart
 
-        def get_config(size='micro'):
+        def get_config(size='size1m'):
             config = quickstart.get_config(size)
             config.seed = 7
             return config
         """,
     )
-    sizes = {'mine.py': 'micro', './mine.py:nano': 'nano', f'{folder}/mine.py': 'micro'}
+    sizes = {'mine.py': 'size1m', './mine.py:nano': 'nano', f'{folder}/mine.py': 'size1m'}
     for spec, size in sizes.items():
         assert cli.main(['train', f'--config={spec}']) == 0
         config, logdir, preset = trained.pop()

@@ -64,7 +64,7 @@ def test_preset_values(preset):
 
 @pytest.mark.parametrize('preset', TABLE)
 def test_preset_changes_only_what_may_differ(preset):
-    allowed = {'replay.train_ratio', 'run.steps'}
+    allowed = {'replay.capacity', 'replay.train_ratio', 'run.steps'}
     config = presets.load_config(preset)
     reference = dict(flat(base.get_config(config.size)))
     changed = {key for key, value in flat(config) if reference.get(key) != value}

@@ -1,7 +1,6 @@
 """Training through the real loop: what flows where, and that a corridor is learned."""
 
 import copy
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,9 +168,7 @@ def test_a_player_takes_the_most_probable_action_unless_told_otherwise(run, samp
             equal(call.arguments[1], before.result[0])
         latent = call.result[0].latent
         stoch = latent.stoch.reshape(ENVS, -1)
-        actor = corridor.agent(
-            corridor.OBSERVATION_SPECS, corridor.ACTION_SPECS, corridor.AGENT_CONFIG
-        ).networks.actor
+        actor = corridor.agent().networks.actor
         (logits,) = actor(parameters['actor'], latent.deter, stoch)['action']
         best.append(np.array_equal(action[:, 0], logits.argmax(-1)))
     # A hardly trained policy is close to uniform: 48 samples are all the best with probability
@@ -204,6 +201,6 @@ def test_the_corridor_is_learned(tmp_path: Path, monkeypatch):
         assert np.mean(returns[:40]) < 1.5
         assert np.mean(returns[-30:]) > 4.2, np.mean(returns[-30:])
         trainer.save()
-    monkeypatch.setattr(evaluation, 'Agent', functools.partial(corridor.agent))
+    monkeypatch.setattr(evaluation, 'Agent', corridor.agent)
     result = evaluation.evaluate(tmp_path, episodes=12)
     assert result['mean'] > 4.5 and result['lengths'].count(LENGTH) >= 9

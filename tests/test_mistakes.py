@@ -1,48 +1,42 @@
 """Mistakes that others made with this algorithm, and the tests that fail when they are put in.
 
-Those without a file are below.
-
-| mistake | test |
-|---|---|
-| lambda-return off by one | test_returns: *_equal_a_slow_loop, *_by_hand |
-| action and observation paired off by one | test_update: test_an_action_leads_to_the_next_step |
-| | test_update: test_a_reward_belongs_to_the_step_that_received_it |
-| | test_loop: test_replay_holds_the_true_stream |
-| | test_corridor: test_the_corridor_is_learned |
-| free bits per group | test_losses: test_free_bits_hold_for_the_sum_of_the_groups |
-| KL without unimix | test_rssm: test_prior_and_posterior_are_one_percent_uniform |
-| imagination or policy without unimix | test_rssm: test_imagined_latents_are_one_percent_uniform |
-| | test_actions: test_one_percent_is_uniform |
-| balance weights swapped | test_losses: test_dynamics_moves_the_prior_* |
-| | test_update: test_published_weights, test_every_weight_is_its_own |
-| no reset of the previous action, or late | test_rssm: test_nothing_passes_a_reset |
-| | test_policy: test_the_state_is_remembered_until_a_reset |
-| | test_envs: test_streams_equal_hand_stepped_environments |
-| truncation treated as termination | test_returns: test_termination_does_not_bootstrap_* |
-| | test_update: test_a_time_limit_is_not_a_death |
-| root continue missing from the weights | test_update: test_weights_start_with_the_continue_of_* |
-| | test_update: test_a_terminal_start_has_no_weight |
-| two-hot decode not 0 at the start | test_transforms: test_equal_logits_decode_to_exactly_zero |
-| | test_nets: test_reward_and_critic_start_at_exactly_zero |
-| large values clipped wrongly | test_transforms: test_values_beyond_the_bins_*, test_large_values_* |
-| block-linear fan-in | test_layers: test_block_linear_starts_with_the_fan_in_of_* |
-| RMSNorm epsilon | test_layers: test_epsilon_of_rms_norm |
-| scan carry changes dtype under bfloat16 | test_rssm: test_scans_carry_the_compute_dtype |
-| | test_update: test_bfloat16_is_inside_only, test_bfloat16_update_runs |
-| latents written to the wrong steps | test_replay: test_latents_*; test_replay_model |
-| | test_corridor: test_latents_are_written_back_to_where_they_were_sampled |
-| | test_loop: test_training_ticks |
-| latents never written | the same |
-| actor plays with stale parameters | test_corridor: test_the_policy_always_has_the_newest_* |
-| | test_policy: test_the_agent_acts_with_the_parameters_it_is_given |
-| actor plays with another's state | test_corridor: test_every_environment_keeps_its_state |
-| | test_policy: test_environments_do_not_see_each_other |
-| evaluation samples | test_corridor: test_a_player_takes_the_most_probable_action_* |
-| | test_policy: test_the_mode_is_*, test_the_agent_takes_the_mode_* |
-| frame skip ends after the first episode | test_envs: test_repeat_is_counted_exactly_* |
-| black first Atari frame | test_suites: test_first_frame_shows_only_the_first_screen |
-| gradient of the replay critic, or others | test_each_loss_trains_its_networks |
-| targets that learn | test_targets_do_not_learn, test_losses: test_*_moves_* |
+Lambda-return off by one: test_returns (slow loops, by hand).
+Action, observation or reward paired off by one: test_total_loss
+    (test_an_action_leads_to_the_next_step, test_a_reward_belongs_to_the_step_that_received_it),
+    test_loop (test_replay_holds_the_true_stream), test_corridor (test_the_corridor_is_learned).
+Free bits per group: test_losses (test_free_bits_hold_for_the_sum_of_the_groups).
+KL, imagination or policy without unimix: test_rssm (*_one_percent_uniform), test_actions
+    (test_one_percent_is_uniform).
+Balance weights swapped: test_losses
+    (test_dynamics_moves_the_prior_and_representation_the_posterior), test_total_loss
+    (test_published_weights, test_every_weight_is_its_own).
+Previous action not reset, or one step late: test_rssm (test_nothing_passes_a_reset), test_policy
+    (test_the_state_is_remembered_until_a_reset), test_envs
+    (test_streams_equal_hand_stepped_environments).
+Truncation treated as termination: test_returns (test_termination_does_not_bootstrap_*),
+    test_total_loss (test_a_time_limit_is_not_a_death).
+Root continue missing from the weights: test_returns (test_weights_by_hand), test_total_loss
+    (test_weights_start_with_the_continue_of_the_start, test_a_terminal_start_has_no_weight).
+Two-hot decode not exactly 0 at the start: test_transforms
+    (test_equal_logits_decode_to_exactly_zero), test_nets (*_start_at_exactly_zero).
+Large values clipped wrongly: test_transforms (test_values_beyond_the_bins_go_to_the_end_bins,
+    test_large_values_are_not_clipped_early).
+Block-linear fan-in: test_layers (test_block_linear_starts_with_the_fan_in_of_the_whole_input).
+Epsilon of RMSNorm: test_layers (test_epsilon_of_rms_norm).
+Carry of a scan changes its dtype under bfloat16: test_rssm (test_scans_carry_the_compute_dtype),
+    test_update (test_bfloat16_*).
+Latents written to the wrong steps, or never: test_replay, test_replay_model, test_corridor
+    (test_latents_are_written_back_to_where_they_were_sampled), test_loop (test_training_ticks).
+Actor plays with stale parameters: test_corridor (test_the_policy_always_has_the_newest_parameters),
+    test_policy (test_the_agent_acts_with_the_parameters_it_is_given).
+Actor plays with another environment's state: test_corridor
+    (test_every_environment_keeps_its_state), test_policy (test_environments_do_not_see_each_other).
+Evaluation samples: test_policy (test_the_mode_*, test_the_agent_takes_the_mode_only_if_asked),
+    test_corridor (test_a_player_takes_the_most_probable_action_unless_told_otherwise).
+Frame skip ends after the first episode: test_envs
+    (test_repeat_is_counted_exactly_and_ends_with_the_episode).
+Black first Atari frame: test_suites (test_first_frame_shows_only_the_first_screen).
+Gradients of replay critic, critic or actor where they do not belong: below, and test_losses.
 """
 
 import jax
@@ -59,8 +53,7 @@ TRAINED = {
     'continue': MODEL | {'continue_'},
     'dynamics': MODEL,
     'representation': MODEL,
-    # On replayed states the critic shapes the model; on imagined ones nothing leaves actor and
-    # critic.
+    # On replayed states the critic shapes the model; on imagined ones none leaves the two.
     'replay_critic': MODEL | {'critic'},
     'actor': {'actor'},
     'critic': {'critic'},

@@ -187,10 +187,6 @@ def test_acting_is_the_posterior_of_training():
 # Whose parameters.
 
 
-def agent():
-    return corridor.agent(corridor.OBSERVATION_SPECS, corridor.ACTION_SPECS, corridor.AGENT_CONFIG)
-
-
 def observe(seed):
     rng = np.random.default_rng(seed)
     return {
@@ -208,11 +204,12 @@ def with_door(params, door):
 
 @pytest.mark.parametrize('mode', [True, False])
 def test_the_agent_acts_with_the_parameters_it_is_given(mode):
-    params, start = agent().init(0).params, agent().initial_policy_state(COUNT)
+    agent = corridor.agent()
+    params, start = agent.init(0).params, agent.initial_policy_state(COUNT)
     is_first = np.ones(COUNT, bool)
     doors = []
     for call, door in enumerate((0, 2, 1, 2)):
-        _, chosen, _ = agent().policy(
+        _, chosen, _ = agent.policy(
             with_door(params, door), start, observe(0), is_first, seed=(0, call), mode=mode
         )
         doors.append(chosen['action'][:, 0].tolist())
@@ -225,14 +222,15 @@ def test_the_agent_acts_with_the_parameters_it_is_given(mode):
 
 
 def test_the_agent_takes_the_mode_only_if_asked():
-    params, now = agent().init(0).params, agent().initial_policy_state(COUNT)
+    agent = corridor.agent()
+    params, now = agent.init(0).params, agent.initial_policy_state(COUNT)
     is_first = np.ones(COUNT, bool)
     sampled, modes = [], []
     for call in range(12):
-        after, chosen, _ = agent().policy(params, now, observe(0), is_first, (0, call))
+        after, chosen, _ = agent.policy(params, now, observe(0), is_first, (0, call))
         sampled += chosen['action'][:, 0].tolist()
-        after, chosen, _ = agent().policy(params, now, observe(0), is_first, (0, call), mode=True)
-        outputs = agent().networks.actor(
+        after, chosen, _ = agent.policy(params, now, observe(0), is_first, (0, call), mode=True)
+        outputs = agent.networks.actor(
             params['actor'], after.latent.deter, rssm.flat(after.latent.stoch)
         )
         modes += (chosen['action'][:, 0] == outputs['action'][0].argmax(-1)).tolist()
@@ -241,10 +239,11 @@ def test_the_agent_takes_the_mode_only_if_asked():
 
 
 def test_seeds_decide_samples():
-    params, start = agent().init(0).params, agent().initial_policy_state(COUNT)
+    agent = corridor.agent()
+    params, start = agent.init(0).params, agent.initial_policy_state(COUNT)
     is_first = np.ones(COUNT, bool)
     results = [
-        jax.device_get(agent().policy(params, start, observe(0), is_first, seed))
+        jax.device_get(agent.policy(params, start, observe(0), is_first, seed))
         for seed in ((0, 0), (0, 0), (0, 1), (1, 0))
     ]
     jax.tree.map(np.testing.assert_array_equal, results[0], results[1])

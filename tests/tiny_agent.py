@@ -117,7 +117,8 @@ def loss_function() -> Any:
 
     Returns:
       A function of (trained, percentiles, batch, key, scales) that returns the gradient
-      in `trained` (parameters, those of the slow critic, and the rewards) and the results of `total_loss`.
+      in `trained` (parameters, those of the slow critic, and the rewards) and the results of
+      `total_loss`.
     """
 
     def weighted(trained: tuple, percentiles: Any, batch_: Batch, key: Any, scales: dict) -> tuple:
