@@ -75,7 +75,8 @@ def scale_by_laprop(
 
 def make_optimizer(config: AgentConfig) -> optax.GradientTransformation:
     """Clipping, LaProp, then the learning rate, rising linearly from 0 over the first updates."""
-    schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_updates)
+    rate, warmup = config.learning_rate, config.warmup_updates
+    schedule = optax.linear_schedule(0.0, rate, warmup) if warmup else rate
     return optax.chain(
         clip_by_tensor_norm(config.gradient_clip, config.gradient_clip_floor),
         scale_by_laprop(config.momentum, config.rms_decay, config.rms_epsilon),

@@ -82,7 +82,7 @@ def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Settings by dotted name, with the values that they have when they come back from the file."""
 
     def items(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-        result = {}
+        result: dict[str, Any] = {}
         for key, value in tree.items():
             if isinstance(value, dict):
                 result |= items(value, f'{prefix}{key}.')

@@ -24,7 +24,7 @@ LEARNING = pathlib.Path(__file__).parent / 'learning'
 
 
 def keep(run: pathlib.Path, output: pathlib.Path) -> None:
-    """Writes one header line about the run, then the kept metrics of every line that has a score."""
+    # A header line about the run, then the metrics of every line that has a score.
     rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
     start = rows[0]['time']
     config = json.loads((run / 'config.json').read_text())

@@ -185,7 +185,7 @@ def test_config_may_stand_anywhere(trained):
         assert cli.main(arguments) == 0
     assert trained[0] == trained[1] == trained[2]
     config, logdir, _ = trained[0]
-    assert (config.seed, config.size, config.agent.units) == (3, 'nano', 32)
+    assert (config.seed, config.size, config.agent.units) == (3, 'nano', 128)
     assert logdir == Path('runs/gymnasium-X-v0-nano-seed3')
 
 

@@ -144,9 +144,6 @@ def test_it_descends(start):
     np.testing.assert_allclose(x, [1], atol=0.1)
 
 
-@pytest.mark.xfail(
-    strict=True, reason='BUG: optax.linear_schedule over 0 steps stays at its start, which is 0'
-)
 def test_without_warm_up_the_rate_is_full_at_once():
     optimizer = make_optimizer(config(learning_rate=0.1, warmup_updates=0))
     updates = run(optimizer, [jnp.ones(1)] * 2, jnp.full(1, 1e6))
