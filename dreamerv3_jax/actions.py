@@ -65,8 +65,8 @@ def sample(policy: Policy, key: chex.PRNGKey) -> Actions:
     for index, (name, part) in enumerate(sorted(policy.items())):
         part_key = jax.random.fold_in(key, index)
         if isinstance(part, Categoricals):
-            keys = jax.random.split(part_key, len(part.log_probs))
-            pairs = zip(keys, part.log_probs, strict=True)
+            shape = (len(part.log_probs), *part.log_probs[0].shape[:-1])
+            pairs = zip(jax.random.uniform(part_key, shape), part.log_probs, strict=True)
             actions[name] = jnp.stack(
                 [distributions.categorical_sample(*pair) for pair in pairs], -1
             )

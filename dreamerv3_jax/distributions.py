@@ -25,11 +25,11 @@ def unimix(logits: Array, share: float) -> Array:
     return jnp.log((1 - share) * probs + share / logits.shape[-1])
 
 
-def categorical_sample(key: chex.PRNGKey, log_probs: Array) -> Array:
-    """Samples class indices by inverting the cumulative distribution: one uniform number a sample.
+def categorical_sample(uniform: Array, log_probs: Array) -> Array:
+    """Samples class indices by inverting the cumulative distribution.
 
     Args:
-      key: consumed here.
+      uniform: [...] independent numbers in [0, 1), one a sample.
       log_probs: [..., C] normalised.
 
     Returns:
@@ -39,7 +39,6 @@ def categorical_sample(key: chex.PRNGKey, log_probs: Array) -> Array:
     probs = jnp.exp(log_probs)
     upto = np.triu(np.ones((classes, classes - 1), np.float32))
     cumulative = jnp.matmul(probs, upto, precision='highest')  # sum of the first i + 1 classes
-    uniform = jax.random.uniform(key, probs.shape[:-1])
     return jnp.sum((cumulative <= uniform[..., None]).astype(jnp.int32), -1)
 
 

@@ -53,7 +53,7 @@ def act(
         rssm.embed_previous_action(dynamics, dynamics_params, previous, is_first),
         dynamics(dynamics_params, tokens, method='embed_tokens'),
         is_first,
-        latent_key,
+        jax.random.uniform(latent_key, state.latent.stoch.shape[:-1]),
         unimix=config.unimix,
     )
     outputs = networks.actor(params['actor'], latent.deter, rssm.flat(latent.stoch))

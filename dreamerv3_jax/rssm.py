@@ -1,5 +1,6 @@
 """Scans of the RSSM cell: `observe` along replayed sequences, `imagine` ahead of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,18 +45,18 @@ def _mask(keep: Array, x: Array) -> Array:
     return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
 
-def sample_latent(log_probs: Array, key: chex.PRNGKey | None, dtype: jnp.dtype) -> Array:
+def sample_latent(log_probs: Array, uniform: Array | None, dtype: jnp.dtype) -> Array:
     """Samples one-hot groups [..., S, C] with straight-through gradients.
 
     Args:
       log_probs: [..., S, C] float32.
-      key: consumed here; None takes the most probable classes.
+      uniform: [..., S] random numbers in [0, 1); None takes the most probable classes.
       dtype: of the result.
     """
-    if key is None:
+    if uniform is None:
         index = jnp.argmax(log_probs, -1)
     else:
-        index = distributions.categorical_sample(key, log_probs)
+        index = distributions.categorical_sample(uniform, log_probs)
     one_hot = jax.nn.one_hot(index, log_probs.shape[-1])
     return distributions.straight_through(one_hot, jnp.exp(log_probs)).astype(dtype)
 
@@ -67,7 +68,7 @@ def observe_step(
     action: Array,
     tokens: Array,
     is_first: Array,
-    key: chex.PRNGKey | None,
+    uniform: Array | None,
     *,
     unimix: float,
 ) -> tuple[Latent, Array]:
@@ -80,7 +81,7 @@ def observe_step(
       action: [N, U] embedding of the previous action, of a zero action where `is_first`.
       tokens: [N, U] embedding of the tokens.
       is_first: [N] bool, where the latent is reset to zeros.
-      key: consumed here; None takes the most probable latent.
+      uniform: [N, S] random numbers in [0, 1); None takes the most probable latent.
       unimix: share of the uniform distribution.
 
     Returns:
@@ -90,7 +91,7 @@ def observe_step(
     deter = dynamics(params, deter, flat(stoch), action, method='sequence')
     logits = dynamics(params, deter, tokens, method='posterior')
     log_posterior = distributions.unimix(logits, unimix)
-    return Latent(deter, sample_latent(log_posterior, key, deter.dtype)), log_posterior
+    return Latent(deter, sample_latent(log_posterior, uniform, deter.dtype)), log_posterior
 
 
 def embed_previous_action(
@@ -99,6 +100,65 @@ def embed_previous_action(
     """Embeds flat previous actions [..., A] -> [..., U], zeroed where `is_first` [...]."""
     kept = jnp.where(is_first[..., None], jnp.zeros((), action.dtype), action)
     return dynamics(params, kept, method='embed_action')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan_with_batched_gradients(
+    step: Callable[[Params, Any, Any], tuple[Any, Any]], params: Params, start: Any, inputs: Any
+) -> tuple[Any, Any]:
+    """Scans `step` like `jax.lax.scan`, with the gradients of its parameters taken in one batch.
+
+    Differentiating a scan adds up the gradients of all parameters at every step: one read and one
+    write of as many numbers as there are parameters, for products with as few rows as the batch.
+    Here the backward scan carries states only. With the total gradient of every state in hand, the
+    steps no longer depend on each other, and one step over T * N rows gives the same gradients.
+
+    Args:
+      step: maps parameters, a state and inputs, each [N, ...], to the next state and an output.
+      params: of the step.
+      start: state [N, ...].
+      inputs: [T, N, ...].
+
+    Returns:
+      The states after every step and the outputs, [T, N, ...].
+    """
+    states, outputs = _scan(step, params, start, inputs, None)
+    return states, outputs
+
+
+def _scan(
+    step: Callable, params: Params, start: Any, inputs: Any, offsets: Any
+) -> tuple[Any, Any]:
+    """Scans; `offsets` [T, N, ...], zeros that are added to the states, receive their gradients."""
+
+    def body(state: Any, xs: tuple[Any, Any]) -> tuple[Any, tuple[Any, Any]]:
+        state, output = step(params, state, xs[0])
+        if xs[1] is not None:
+            state = jax.tree.map(jnp.add, state, xs[1])
+        return state, (state, output)
+
+    return jax.lax.scan(body, start, (inputs, offsets))[1]
+
+
+def _scan_forward(step: Callable, params: Params, start: Any, inputs: Any) -> tuple[Any, Any]:
+    length = jax.tree.leaves(inputs)[0].shape[0]
+    offsets = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), start)
+    results, backward = jax.vjp(functools.partial(_scan, step, params), start, inputs, offsets)
+    before = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs[:-1]]), start, results[0])
+    return results, (backward, params, before, inputs)
+
+
+def _scan_backward(step: Callable, residuals: tuple, gradients: tuple) -> tuple[Any, Any, Any]:
+    backward, params, before, inputs = residuals
+    start_gradient, inputs_gradient, state_gradients = backward(gradients)
+    rows = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
+    before, inputs = rows(before), rows(inputs)
+    _, batched = jax.vjp(lambda params: step(params, before, inputs), params)
+    (params_gradient,) = batched(rows((state_gradients, gradients[1])))
+    return params_gradient, start_gradient, inputs_gradient
+
+
+scan_with_batched_gradients.defvjp(_scan_forward, _scan_backward)
 
 
 def observe(
@@ -128,14 +188,16 @@ def observe(
     length = tokens.shape[1]
     embedded_action = embed_previous_action(dynamics, params, action, is_first)
     embedded_tokens = dynamics(params, tokens, method='embed_tokens')
-    keys = None if key is None else jax.random.split(key, length)
+    uniform = None
+    if key is not None:
+        groups = dynamics.module.stoch
+        uniform = jax.random.uniform(key, (length, tokens.shape[0], groups))
 
-    def step(latent: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, Array]]:
-        latent, log_posterior = observe_step(dynamics, params, latent, *inputs, unimix=unimix)
-        return latent, (latent, log_posterior)
+    def step(params: Params, latent: Latent, inputs: tuple) -> tuple[Latent, Array]:
+        return observe_step(dynamics, params, latent, *inputs, unimix=unimix)
 
     inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (embedded_action, embedded_tokens, is_first))
-    _, outputs = jax.lax.scan(step, start, (*inputs, keys))
+    outputs = scan_with_batched_gradients(step, params, start, (*inputs, uniform))
     latent, log_posterior = jax.tree.map(lambda x: x.swapaxes(0, 1), outputs)
     log_prior = distributions.unimix(dynamics(params, latent.deter, method='prior'), unimix)
     return Observed(latent, log_posterior, log_prior)
@@ -167,15 +229,19 @@ def imagine(
       The latents [H, N, ...] from the start on, the last latent [N, ...] after them, and the
       records [H, ...].
     """
-    keys = jax.random.split(jax.random.key(0) if key is None else key, (length, 2))
+    latent_key, act_key = jax.random.split(jax.random.key(0) if key is None else key)
+    uniform = None
+    if key is not None:
+        uniform = jax.random.uniform(latent_key, (length, *start.stoch.shape[:-1]))
 
-    def step(latent: Latent, step_keys: chex.PRNGKey) -> tuple[Latent, tuple[Latent, Any]]:
-        flat_action, record = act(latent, step_keys[0])
+    def step(latent: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, Any]]:
+        step_uniform, step_key = inputs
+        flat_action, record = act(latent, step_key)
         embedded = dynamics(params, flat_action, method='embed_action')
         deter = dynamics(params, latent.deter, flat(latent.stoch), embedded, method='sequence')
         log_prior = distributions.unimix(dynamics(params, deter, method='prior'), unimix)
-        stoch = sample_latent(log_prior, None if key is None else step_keys[1], deter.dtype)
+        stoch = sample_latent(log_prior, step_uniform, deter.dtype)
         return Latent(deter, stoch), (latent, record)
 
-    last, (latents, records) = jax.lax.scan(step, start, keys)
+    last, (latents, records) = jax.lax.scan(step, start, (uniform, jax.random.split(act_key, length)))
     return latents, last, records

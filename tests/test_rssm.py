@@ -164,6 +164,48 @@ def test_imagine_is_a_loop_of_steps():
     assert latents.deter.shape == (3, 3, D) and latents.stoch.shape == (3, 3, S, C)
 
 
+def test_batched_gradients_by_hand():
+    # x' = a x + u from x = 1 with a = 3, u = 1, 2: 4, then 14. d(14)/da = 1 * a + 4 = 7 = 4 + 3.
+    def step(a, x, u):
+        return a * x + u, a * u
+
+    def last(a, start, inputs):
+        states, outputs = rssm.scan_with_batched_gradients(step, a, start, inputs)
+        return states[-1, 0], outputs
+
+    a, start, inputs = jnp.array(3.0), jnp.array([1.0]), jnp.array([[1.0], [2.0]])
+    (value, outputs), gradients = jax.value_and_grad(last, (0, 1, 2), has_aux=True)(
+        a, start, inputs
+    )
+    assert value == 14 and outputs.tolist() == [[3], [6]]
+    assert [x.tolist() for x in gradients] == [7, [9], [[3], [1]]]
+
+
+def test_batched_gradients_are_those_of_a_scan(monkeypatch):
+    """Of every parameter, state and input, whatever the weights of states and outputs."""
+
+    def loss(start, action, tokens, params):
+        result = observe.__wrapped__(start, action, tokens, inputs()[3], params)
+        parts = jax.tree.leaves(result)
+        return sum(jnp.sum(random(*x.shape, seed=i) * x) for i, x in enumerate(parts))
+
+    arguments = (*inputs()[:3], parameters())
+    batched = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
+    monkeypatch.setattr(
+        rssm,
+        'scan_with_batched_gradients',
+        lambda step, params, start, inputs: jax.lax.scan(
+            lambda state, x: (lambda state, y: (state, (state, y)))(*step(params, state, x)),
+            start,
+            inputs,
+        )[1],
+    )
+    plain = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), batched, plain
+    )
+
+
 # Resets.
 
 
@@ -273,7 +315,7 @@ def test_imagined_latents_are_one_percent_uniform(monkeypatch):
 
 def test_sampled_latents_pass_the_gradient_of_their_probabilities():
     log_probs = jnp.log(jnp.array([[[0.2, 0.8], [0.7, 0.3]]]))
-    sample = rssm.sample_latent(log_probs, jax.random.key(0), jnp.float32)
+    sample = rssm.sample_latent(log_probs, jnp.array([[0.3, 0.3]]), jnp.float32)
     assert np.isin(np.round(sample, 6), [0, 1]).all()
     np.testing.assert_allclose(sample.sum(-1), 1, rtol=1e-6)
     gradient = jax.grad(lambda x: rssm.sample_latent(x, None, jnp.float32)[..., 0].sum())
