@@ -18,6 +18,8 @@ def get_config(size: str = 'nano') -> ml_collections.ConfigDict:
     config = gymnasium.get_config(size)
     config.env.id = 'CartPole-v1'
     config.env.vectorization = 'sync'
-    config.run.steps = 20_000
+    # Steps cost next to nothing here and updates all the time, so there are many for each update.
+    config.replay.train_ratio = 64.0
+    config.run.steps = 40_000
     config.replay.capacity = 200_000  # the whole run
     return config

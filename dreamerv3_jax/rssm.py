@@ -243,5 +243,6 @@ def imagine(
         stoch = sample_latent(log_prior, step_uniform, deter.dtype)
         return Latent(deter, stoch), (latent, record)
 
-    last, (latents, records) = jax.lax.scan(step, start, (uniform, jax.random.split(act_key, length)))
+    act_keys = jax.random.split(act_key, length)
+    last, (latents, records) = jax.lax.scan(step, start, (uniform, act_keys))
     return latents, last, records

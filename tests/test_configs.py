@@ -31,7 +31,7 @@ TABLE = {
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
     'gymnasium': ('', {}, 0, 1, 4, 256.0, 1_000_000, 'size1m'),
-    'quickstart': ('CartPole-v1', {}, 0, 1, 4, 256.0, 20_000, 'nano'),
+    'quickstart': ('CartPole-v1', {}, 0, 1, 4, 64.0, 40_000, 'nano'),
 }
 
 
