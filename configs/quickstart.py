@@ -1,11 +1,11 @@
-"""CartPole-v1 on a laptop's CPU, with the smallest network: the first thing to run.
+"""CartPole-v1 on a laptop's CPU, the first thing to run.
 
 dreamerv3-jax train --config=quickstart
 
-It plays, learns and logs to runs/quickstart-CartPole-v1-nano-seed0. The same command again goes on
+It plays, learns and logs to runs/quickstart-CartPole-v1-cpu-seed0. The same command again goes on
 where the run stopped. Watch the learned policy with
 
-dreamerv3-jax evaluate runs/quickstart-CartPole-v1-nano-seed0 --video=cartpole.mp4
+dreamerv3-jax evaluate runs/quickstart-CartPole-v1-cpu-seed0 --video=cartpole.mp4
 """
 
 import ml_collections
@@ -13,7 +13,7 @@ import ml_collections
 from dreamerv3_jax.configs import gymnasium
 
 
-def get_config(size: str = 'nano') -> ml_collections.ConfigDict:
+def get_config(size: str = 'cpu') -> ml_collections.ConfigDict:
     """Returns the settings; see `configs/base.py` for all of them."""
     config = gymnasium.get_config(size)
     config.env.id = 'CartPole-v1'

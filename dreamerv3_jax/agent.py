@@ -133,29 +133,30 @@ class Agent:
         words = np.array(seed, np.uint32)
         return self._policy(mode, params, state, dict(observation), is_first, words)
 
+    def blank_batch(self, batch_size: int, batch_length: int) -> Batch:
+        """Zeros [B, T + 1, ...] of the shapes and dtypes that the update takes."""
+        steps, config = (batch_size, batch_length + 1), self.config
+
+        def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+            return np.zeros(shape, dtype)
+
+        def arrays(specs: Mapping[str, ArraySpec]) -> dict[str, Any]:
+            return {name: zeros((*steps, *spec.shape), spec.dtype) for name, spec in specs.items()}
+
+        return Batch(
+            observation=arrays(self.observation_specs),
+            action=arrays(self.action_specs),
+            reward=zeros(steps, np.float32),
+            is_first=zeros(steps, bool),
+            is_last=zeros(steps, bool),
+            is_terminal=zeros(steps, bool),
+            deter=zeros((batch_size, config.deter), np.float32),
+            stoch=zeros((batch_size, config.stoch), np.uint8),
+        )
+
     def compile_update(self, batch_size: int, batch_length: int) -> None:
         """Compiles the update for batches of these shapes; otherwise its first call does."""
-        steps = (batch_size, batch_length + 1)
-
-        def arrays(specs: Mapping[str, ArraySpec]) -> dict[str, jax.Array]:
-            return {
-                name: jnp.zeros((*steps, *spec.shape), spec.dtype) for name, spec in specs.items()
-            }
-
-        def batch() -> Batch:
-            flag, config = jnp.zeros(steps, bool), self.config
-            return Batch(
-                arrays(self.observation_specs),
-                arrays(self.action_specs),
-                jnp.zeros(steps, jnp.float32),
-                flag,
-                flag,
-                flag,
-                jnp.zeros((batch_size, config.deter), jnp.float32),
-                jnp.zeros((batch_size, config.stoch), jnp.uint8),
-            )
-
-        self._compile(jax.eval_shape(batch))
+        self._compile(self.blank_batch(batch_size, batch_length))
 
     def _compile(self, batch: Batch) -> None:
         function = functools.partial(

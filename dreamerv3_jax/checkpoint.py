@@ -1,6 +1,7 @@
 """Checkpoints of a run: train state, replay and counters in one atomic step of an orbax manager."""
 
 import contextlib
+import dataclasses
 import io
 import logging
 import shutil
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dreamerv3_jax.errors import UserError
@@ -31,6 +33,31 @@ class Saved(NamedTuple):
     state: TrainState
     replay: dict[str, Any] | None  # as from `Replay.state`
     counters: dict[str, Any]  # JSON
+
+
+class _ArrayFiles(ocp.CheckpointHandler):
+    """Arrays in a `.npy` file each, written and mapped piece by piece.
+
+    A replay can fill most of the memory; a copy of it, as orbax's own handler makes, may not fit.
+    """
+
+    def save(self, directory: Any, args: '_ArrayArgs') -> None:
+        """Writes the arrays, which may be views of any layout."""
+        for name, array in args.arrays.items():
+            np.save(directory / f'{quote(name, safe="")}.npy', array, allow_pickle=False)
+
+    def restore(self, directory: Any, args: '_ArrayArgs | None' = None) -> dict[str, np.ndarray]:
+        """Maps the files; they are read where they are looked at."""
+        return {
+            unquote(path.stem): np.load(path, mmap_mode='r', allow_pickle=False)
+            for path in directory.glob('*.npy')
+        }
+
+
+@ocp.args.register_with_handler(_ArrayFiles, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _ArrayArgs(ocp.args.CheckpointArgs):
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Checkpointer:
@@ -56,10 +83,9 @@ class Checkpointer:
             return
         items: dict[str, Any] = {'state': ocp.args.StandardSave(saved.state)}
         counters = saved.counters | {'layout': _layout(saved.state)}
-        # orbax refuses empty arrays, such as those of a replay before its first step.
+        # Empty files, such as those of a replay before its first step, cannot be mapped.
         if saved.replay is not None and all(x.size for x in saved.replay['arrays'].values()):
-            arrays = {quote(name, safe=''): array for name, array in saved.replay['arrays'].items()}
-            items['replay'] = ocp.args.StandardSave(arrays)
+            items['replay'] = _ArrayArgs(saved.replay['arrays'])
             counters['replay'] = saved.replay['metadata']
         items['counters'] = ocp.args.JsonSave(counters)
         try:
@@ -135,9 +161,7 @@ class Checkpointer:
                 )
         metadata, replay = counters.pop('replay', None), None
         if with_replay and metadata is not None:
-            arrays = read(replay=ocp.args.StandardRestore())['replay']
-            arrays = {unquote(name): array for name, array in arrays.items()}
-            replay = {'arrays': arrays, 'metadata': metadata}
+            replay = {'arrays': read(replay=_ArrayArgs())['replay'], 'metadata': metadata}
         return Saved(read(state=ocp.args.StandardRestore(abstract))['state'], replay, counters)
 
 

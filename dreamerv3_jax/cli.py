@@ -8,7 +8,7 @@ import argparse
 import difflib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,8 +79,8 @@ options:
   --help                        this text
 
 examples:
-  {_PROGRAM} evaluate runs/quickstart-CartPole-v1-nano-seed0
-  {_PROGRAM} evaluate runs/quickstart-CartPole-v1-nano-seed0 --episodes=5 --video=cartpole.mp4
+  {_PROGRAM} evaluate runs/quickstart-CartPole-v1-cpu-seed0
+  {_PROGRAM} evaluate runs/quickstart-CartPole-v1-cpu-seed0 --episodes=5 --video=cartpole.mp4
 """
 _PRESETS_HELP = f"""\
 usage: {_PROGRAM} presets
@@ -129,7 +129,7 @@ def _run(arguments: list[str]) -> None:
 
 def _train(arguments: list[str]) -> None:
     overrides, rest = _split_overrides(arguments)
-    parser = _Parser()
+    parser = _Parser(settings.names())
     parser.add_argument('--config', default='')
     options = parser.parse(rest)
     config, preset = _build_config(options.config, overrides)
@@ -176,8 +176,8 @@ def _evaluate(arguments: list[str]) -> None:
         raise UserError('Give the run folder once, either bare or with --logdir.')
     if options.episodes < 1:
         raise UserError(f'--episodes must be at least 1, not {options.episodes}.')
-    if options.seed < 0:
-        raise UserError(f'--seed must be at least 0, not {options.seed}.')
+    if not 0 <= options.seed <= settings.MOST_SEED:
+        raise UserError(f'--seed must be from 0 to {settings.MOST_SEED}, not {options.seed}.')
     if options.video and options.video.suffix not in ('.mp4', '.gif'):
         raise UserError(f'--video must end with .mp4 or .gif, unlike {options.video}.')
     cpu.prepare()
@@ -189,11 +189,18 @@ def _evaluate(arguments: list[str]) -> None:
         seed=options.seed,
         video=options.video,
         sample=options.sample,
+        report=lambda number, return_, length: print(
+            f'episode {number}/{options.episodes}: return {return_:.2f}, length {length}',
+            flush=True,
+        ),
     )
-    lengths = result['lengths']
+    mean, lengths, count = result['mean'], result['lengths'], len(result['returns'])
+    if count == 1:
+        print(f'return {mean:.2f}, length {lengths[0]}')
+        return
     print(
-        f'mean return {result["mean"]:.2f} ± {result["ci95"]:.2f} (95% confidence interval, '
-        f'{len(result["returns"])} episodes, mean length {sum(lengths) / len(lengths):.1f})'
+        f'mean return {mean:.2f} ± {result["ci95"]:.2f} (95% confidence interval, '
+        f'{count} episodes, mean length {sum(lengths) / count:.1f})'
     )
 
 
@@ -239,10 +246,14 @@ def _split_overrides(arguments: list[str]) -> tuple[list[tuple[str, str | None]]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parses the options of one command and answers mistakes with a `UserError`."""
+    """Parses the options of one command and answers mistakes with a `UserError`.
 
-    def __init__(self) -> None:
+    Options that look like one of `keys`, names of settings, are answered with how to write it.
+    """
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
+        self._keys = list(keys)
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         options, unknown = self.parse_known_args(arguments)
@@ -252,6 +263,9 @@ class _Parser(argparse.ArgumentParser):
         if not name.startswith('-'):
             raise UserError(f'{name!r} is one argument too many; options are written --name=value.')
         known = [string for action in self._actions for string in action.option_strings]
+        key = settings.nearest_key(name.lstrip('-'), self._keys)
+        if key:
+            raise UserError(f'There is no option {name}; did you mean --config.{key}?')
         raise UserError(f'There is no option {name}{presets.nearest(name, [*known, "--help"])}')
 
     def error(self, message: str) -> NoReturn:

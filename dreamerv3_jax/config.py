@@ -95,9 +95,24 @@ class AgentConfig:
           UserError: with the setting to change.
         """
         widths = ('deter', 'hidden', 'classes', 'depth', 'units', 'stoch', 'blocks')
-        for name in (*widths, 'imagination_length'):
+        layers = [field.name for field in dataclasses.fields(self) if field.name.endswith('layers')]
+        for name in (*widths, *layers, 'imagination_length'):
             if getattr(self, name) < 1:
                 raise UserError(f'agent.{name} must be at least 1, not {getattr(self, name)}.')
+        if self.classes > 256:  # the replay keeps class indices in 8 bits
+            raise UserError(f'agent.classes must be at most 256, not {self.classes}.')
+        if self.discount_horizon <= 1:
+            raise UserError(f'agent.discount_horizon must be above 1, not {self.discount_horizon}.')
+        for name in ('momentum', 'rms_decay'):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f'agent.{name} must be from 0 to below 1, not {getattr(self, name)}.'
+                )
+        if not 0 <= self.return_low_percentile < self.return_high_percentile <= 100:
+            raise UserError(
+                f'agent.return_low_percentile ({self.return_low_percentile}) must be below '
+                f'agent.return_high_percentile ({self.return_high_percentile}), both in 0 to 100.'
+            )
         if self.deter % self.blocks or (self.depth * 4) % self.blocks:
             raise UserError(
                 f'agent.deter ({self.deter}) and four times agent.depth ({self.depth * 4}) must be '

@@ -2,9 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -63,11 +62,7 @@ class Player:
         """
         logdir = Path(logdir)
         self.config = run_folder.read_config(logdir)
-        folder = logdir / 'checkpoints'
-        if checkpoint.latest_step(folder) is None:
-            raise UserError(
-                f'{logdir} holds no checkpoint yet; train until the first one is saved.'
-            )
+        folder = _require_checkpoint(logdir)
         self._agent = Agent(observation_specs, action_specs, self.config.agent)
         shapes = jax.eval_shape(lambda: self._agent.init(0))
         placed = sharding.abstract(shapes, sharding.state_sharding(self._agent.mesh, shapes))
@@ -101,6 +96,7 @@ def evaluate(
     seed: int = 0,
     video: Path | str | None = None,
     sample: bool = False,
+    report: Callable[[int, float, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Plays whole episodes with the newest checkpoint of a run.
 
@@ -113,6 +109,7 @@ def evaluate(
       seed: of the environments and of all sampling.
       video: .mp4 or .gif of the first episode.
       sample: samples actions instead of taking the most probable ones.
+      report: called after each episode with its number from 1, its return and its length.
 
     Returns:
       'mean', 'ci95' (half-width of the 95% confidence interval of the mean; not a number for one
@@ -123,6 +120,7 @@ def evaluate(
     """
     logdir = Path(logdir)
     config = run_folder.read_config(logdir)
+    _require_checkpoint(logdir)
     config.env.num_envs = count = min(episodes, config.env.num_envs)
     quota = np.array([len(range(index, episodes, count)) for index in range(count)])
     returns, lengths = np.zeros(count), np.zeros(count, np.int64)
@@ -139,6 +137,7 @@ def evaluate(
         )
         records, finals = env.reset(), None
         while quota.any():
+            recording = film.running
             for streams, part in _in_order(records, finals):
                 first = streams[part.is_first]
                 returns[first], lengths[first] = 0.0, -1
@@ -147,9 +146,11 @@ def evaluate(
                 for stream in streams[part.is_last & (quota[streams] > 0)]:
                     finished['returns'].append(float(returns[stream]))
                     finished['lengths'].append(int(lengths[stream]))
+                    report(len(finished['returns']), float(returns[stream]), int(lengths[stream]))
                     quota[stream] -= 1
                     film.running = film.running and stream != 0
-            if film.running:
+            # After an automatic reset the picture is of the next episode already.
+            if recording and not (records.is_first[0] and not film.running):
                 film.add(_picture(env, records))
             actions = player.act(records.observation, records.is_first)
             records, finals = env.step(actions)
@@ -158,6 +159,13 @@ def evaluate(
     if episodes > 1:
         ci95 = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, episodes - 1))
     return {'mean': float(values.mean()), 'ci95': ci95, **finished}
+
+
+def _require_checkpoint(logdir: Path) -> Path:
+    folder = logdir / 'checkpoints'
+    if checkpoint.latest_step(folder) is None:
+        raise UserError(f'{logdir} holds no checkpoint yet; train until the first one is saved.')
+    return folder
 
 
 def _in_order(
@@ -187,12 +195,7 @@ class _Film:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
 
@@ -206,8 +209,13 @@ class _Film:
             # ffmpeg starts with the first picture. Its process runs no Python, so it cannot meet
             # the deadlock that JAX warns of.
             warnings.filterwarnings('ignore', r'os\.fork\(\)', RuntimeWarning)
-            self._writer = self._writer or self._start()
-            self._writer.append_data(picture)
+            try:
+                self._writer = self._writer or self._start()
+                self._writer.append_data(picture)
+            except (ImportError, OSError, ValueError) as error:
+                raise UserError(
+                    f'Cannot write the video {self._path}: {" ".join(str(error).split())}'
+                ) from error
 
     def _start(self) -> Any:
         assert self._path is not None

@@ -15,6 +15,7 @@ import numpy as np
 
 from dreamerv3_jax import checkpoint, envs, run_folder, sharding
 from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.metrics import MetricWriter, ProgressLine, Timer
 from dreamerv3_jax.replay import Replay, TrainRatio, bytes_per_step, check_memory
 from dreamerv3_jax.spaces import ArraySpec
@@ -35,9 +36,19 @@ def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = '
       UserError: a setting, the environment or the folder does not allow the run.
     """
     logdir = Path(logdir)
-    run_folder.check(logdir, config)
-    with Trainer(config, logdir, preset) as trainer:
-        trainer.run()
+    if checkpoint.latest_step(logdir / 'checkpoints') is not None:  # else nothing is lost
+        run_folder.check(logdir, config)
+    try:
+        with Trainer(config, logdir, preset) as trainer:
+            trainer.run()
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise UserError(
+            f'The memory of the {jax.devices()[0].device_kind} is too small for {config.size}; '
+            f'choose a smaller size, as in --config={preset}:size12m, or spread it over more '
+            'devices with --config.mesh.fsdp.'
+        ) from error
 
 
 class Trainer:
@@ -79,12 +90,13 @@ class Trainer:
         if resumed is not None:
             saved = self._checkpointer.restore(checkpoint.abstract_state(self._state))
             self._state, counters = saved.state, saved.counters
-            self._ratio.load_state(counters.pop('ratio'))
-            if saved.replay is not None:
+            ratio = counters.pop('ratio')
+            if saved.replay is not None:  # else the count starts anew when there is a batch again
                 self._replay.load_state(saved.replay)
+                self._ratio.load_state(ratio)
         self.counters: dict[str, int] = counters
-        frames = None if resumed is None else counters['frames']
-        self._writer = MetricWriter(logdir, resume_step=frames)
+        self._progress.episodes = counters['episodes']
+        self._writer = MetricWriter(logdir, resume_step=counters['frames'])
         for message in [*self._env.messages, *self._writer.messages]:
             self._progress.message(message)
         if resumed is not None:
@@ -93,6 +105,7 @@ class Trainer:
                 f'{self.counters["updates"]:,} updates; the environments start new episodes.'
             )
         self._timer = Timer()
+        self._interrupts: list[int] = []  # signals received
         self._pending: tuple[Any, StoredLatent] | None = None  # latents to write back
         self._metrics: list[Metrics] = []  # of updates not yet logged
         self._returns = np.zeros(self._env.num_envs)
@@ -124,8 +137,8 @@ class Trainer:
         self._progress.message(f'Compiled in {time.monotonic() - started:.0f} s.')
         self._timer.restart()
         logged = saved = time.monotonic()
-        with _interrupts() as interrupts:
-            while self.counters['frames'] < run.steps and not interrupts:
+        with _collect_interrupts(self._interrupts, self._progress):
+            while self.counters['frames'] < run.steps and not self._interrupts:
                 self.tick()
                 now = time.monotonic()
                 self._progress.update(
@@ -138,12 +151,10 @@ class Trainer:
                     with self._timer.section('checkpoint'):
                         self.save()
                     saved = now
-            if interrupts:
-                self._progress.message('Stopping; saving a checkpoint ...')
             self.log(final=True)
             self.save()
         self._progress.close()
-        if interrupts:
+        if self._interrupts:
             raise KeyboardInterrupt
         print(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
 
@@ -170,8 +181,11 @@ class Trainer:
         self.counters['steps'] += int(np.sum(~records.is_last))
         self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
         if self._replay.can_sample:
-            for _ in range(self._ratio.due(self.counters['steps'])):
+            due = self._ratio.due(self.counters['steps'])
+            while due and not self._interrupts:
                 self._update()
+                due -= 1
+            self._ratio.give_back(due)
         # The last update of this tick is still being computed while the environments step.
         with self._timer.section('env'):
             self._records, finals = self._env.step(actions)
@@ -271,21 +285,21 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def _collect_interrupts(received: list[int], progress: ProgressLine) -> Iterator[None]:
     """Collects Ctrl-C instead of raising it amid an update; a second one raises at once."""
-    received: list[int] = []
 
     def receive(number: int, frame: types.FrameType | None) -> None:
         if received:
             signal.default_int_handler(number, frame)
         received.append(number)
+        progress.message('Stopping after this update, to save a checkpoint ...')
 
     if threading.current_thread() is not threading.main_thread():  # cannot handle signals
-        yield received
+        yield
         return
     before = signal.signal(signal.SIGINT, receive)
     try:
-        yield received
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -207,12 +207,12 @@ class ProgressLine:
         self._line = ''  # what is on the terminal's last line
         self._latest: tuple[int, int, Mapping[str, float]] | None = None
         self._points: deque[tuple[float, int, int]] = deque()  # time, steps, updates
-        self._episodes = 0
+        self.episodes = 0  # finished so far
         self._scores: deque[float] = deque(maxlen=RECENT_EPISODES)
 
     def add_episode(self, score: float) -> None:
         """Counts a finished episode."""
-        self._episodes += 1
+        self.episodes += 1
         self._scores.append(score)
 
     def update(self, steps: int, updates: int, shares: Mapping[str, float]) -> None:
@@ -267,7 +267,7 @@ class ProgressLine:
         return Status(
             steps=steps,
             total=self._total,
-            episodes=self._episodes,
+            episodes=self.episodes,
             score=sum(self._scores) / len(self._scores) if self._scores else None,
             steps_per_second=rate,
             updates_per_second=(updates - updates_then) / elapsed,

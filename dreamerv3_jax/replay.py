@@ -321,6 +321,10 @@ class TrainRatio:
         self._credit -= updates
         return updates
 
+    def give_back(self, updates: int) -> None:
+        """Takes back updates that were due but not done; they are due at the next call."""
+        self._credit += updates
+
     def state(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
         return {'last': self._last, 'credit': str(self._credit)}

@@ -126,9 +126,7 @@ def scan_with_batched_gradients(
     return states, outputs
 
 
-def _scan(
-    step: Callable, params: Params, start: Any, inputs: Any, offsets: Any
-) -> tuple[Any, Any]:
+def _scan(step: Callable, params: Params, start: Any, inputs: Any, offsets: Any) -> tuple[Any, Any]:
     """Scans; `offsets` [T, N, ...], zeros that are added to the states, receive their gradients."""
 
     def body(state: Any, xs: tuple[Any, Any]) -> tuple[Any, tuple[Any, Any]]:

@@ -4,7 +4,7 @@ import ast
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,8 @@ _SHARES = (
     'agent.return_lambda',
     'agent.slow_critic_rate',
     'agent.return_rate',
-    'agent.momentum',
-    'agent.rms_decay',
 )
+MOST_SEED = 2**32 - 1
 
 
 def override(config: ml_collections.ConfigDict, key: str, text: str | None) -> None:
@@ -66,7 +65,7 @@ def override(config: ml_collections.ConfigDict, key: str, text: str | None) -> N
     """
     fields = dict(_flatten(config))
     kind = type(fields.get(key))
-    if key.startswith(_KEYWORDS) and kind not in _KINDS:
+    if key.startswith(_KEYWORDS):
         _set_keyword(config, key, text)
         return
     if key not in fields:
@@ -133,6 +132,8 @@ def _check_ranges(fields: dict[str, Any]) -> None:
     for key in _SHARES:
         if not 0 <= fields[key] <= 1:
             raise UserError(f'config.{key} must be between 0 and 1, not {fields[key]}.')
+    if fields['seed'] > MOST_SEED:
+        raise UserError(f'config.seed must be at most {MOST_SEED}, not {fields["seed"]}.')
     for key, value in fields.items():
         if key.startswith('agent.') and not isinstance(value, str) and value < 0:
             raise UserError(f'config.{key} must not be negative, not {value}.')
@@ -168,12 +169,18 @@ def _set_keyword(config: ml_collections.ConfigDict, key: str, text: str | None) 
     if not name.isidentifier():
         raise UserError(f'--config.{key} does not name an argument of the environment.')
     if text is None:
-        raise UserError(f'--config.{key} needs a value, as in --config.{key}=1.')
+        if not isinstance(config.env.kwargs.get(name), bool):
+            raise UserError(f'--config.{key} needs a value, as in --config.{key}=1.')
+        text = 'true'
     try:
         value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
     except (ValueError, SyntaxError):
         value = text
     arguments = config.env.kwargs
+    if isinstance(arguments.get(name), bool):
+        if isinstance(value, str):
+            raise UserError(f'--config.{key} takes true or false, not {text!r}.')
+        value = bool(value) if value in (0, 1) else value
     try:
         with config.unlocked():
             if name in arguments:  # another type than before would be refused
@@ -197,10 +204,21 @@ def _unknown_key(key: str, fields: dict[str, Any]) -> str:
     if members or f'{key}.' == _KEYWORDS:
         example = members[0] if members else f'{key}.NAME'
         return f'config.{key} is a group of settings; set one of them, as in --config.{example}=...'
-    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.75)
-    leaf = key.rpartition('.')[2]
-    leaves = {field.rpartition('.')[2]: field for field in fields}
-    if not close:
-        close = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
-    hint = f'; did you mean config.{close[0]}?' if close else '; configs/base.py lists them all.'
+    close = nearest_key(key, fields)
+    hint = f'; did you mean config.{close}?' if close else '; configs/base.py lists them all.'
     return f'There is no setting config.{key}{hint}'
+
+
+def names() -> list[str]:
+    """Returns the dotted names of all settings."""
+    return [key for key, _ in _flatten(base.get_config())]
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str:
+    """Returns the setting whose name, or the last part of it, is most like `key`; '' if none is."""
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    leaves = {name.rpartition('.')[2]: name for name in keys}
+    if not close:
+        leaf = key.rpartition('.')[2]
+        close = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
+    return close[0] if close else ''

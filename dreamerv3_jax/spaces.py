@@ -16,9 +16,11 @@ import numpy as np
 from gymnasium import spaces
 
 from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.images import resize
 
 # Image sides for which the network has layers.
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 48, 256, 16
+NO_BOUND = 1e18  # bounds of actions beyond this are taken for none
 
 _Convert = Callable[[Any, tuple[int, ...]], np.ndarray]
 _Path = tuple[Any, ...]
@@ -124,9 +126,10 @@ class ActionAdapter:
         self.messages: list[str] = []
         for name, (_, leaf) in _named_leaves(space, 'action').items():
             self.specs[name] = _action_spec(name, leaf)
-            if isinstance(leaf, spaces.Box) and not _bounded(leaf).all():
+            if isinstance(leaf, spaces.Box) and not np.isfinite(_limits(leaf)).all():
                 self.messages.append(
-                    f'Action {name!r} has dimensions without bounds; they get values in [-1, 1].'
+                    f'Action {name!r} has dimensions without bounds; they get values in [-1, 1], '
+                    'or a range of 2 from the bound on one side.'
                 )
         if not self.specs:
             raise UserError('The environment takes no actions; put an array in its action space.')
@@ -135,60 +138,15 @@ class ActionAdapter:
     def convert(self, actions: Mapping[str, np.ndarray], index: int | None = None) -> Any:
         """Returns the action for one environment, or for a whole vector environment.
 
-        Continuous values are clipped to [-1, 1] and rescaled to the bounds of the space; where a
-        bound is infinite they are only clipped. Boxes of integers get the nearest integer.
+        Continuous values are clipped to [-1, 1] and rescaled to the bounds of the space. A
+        dimension without bounds keeps [-1, 1]; one with a single bound takes the range of 2 next to
+        it. Boxes of integers get the nearest integer.
 
         Args:
           actions: arrays [N, ...] as described by `specs`.
           index: the row to convert; None converts all rows, for an environment that is batched.
         """
         return self._assemble(actions, slice(None) if index is None else index)
-
-
-def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes images with an antialiased triangle filter.
-
-    When shrinking, the filter is as wide as two output pixels, so that thin things do not vanish
-    (what Pillow calls `BILINEAR`). When growing it interpolates linearly between pixel centres.
-
-    Args:
-      images: [..., H, W, C] `uint8`.
-      height: rows of the result.
-      width: columns of the result.
-
-    Returns:
-      [..., height, width, C] `uint8`, rounded to nearest.
-    """
-    return np.rint(_resample(_resample(images, height, -3), width, -2)).astype(np.uint8)
-
-
-def _resample(values: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """Returns `float32` values, filtered along an axis counted from the end."""
-    shape = (size,) + (1,) * (-axis - 1)
-    # A loop over the few inputs of each output instead of a matrix product: BLAS would start its
-    # threads for it, which compete with the learner's.
-    parts = (
-        np.take(values, index, axis) * weight.reshape(shape)
-        for index, weight in zip(*_taps(values.shape[axis], size), strict=True)
-    )
-    total = next(parts)
-    for part in parts:
-        total += part
-    return total
-
-
-@functools.lru_cache(64)
-def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the inputs of every output and their weights, [K, new] `int64` and `float32`."""
-    scale = old / new
-    reach = max(scale, 1.0)
-    centers = (np.arange(new) + 0.5) * scale
-    first = np.floor(centers - reach).astype(np.int64)
-    indices = first + np.arange(math.ceil(2 * reach) + 1)[:, None]
-    weights = np.maximum(0.0, 1.0 - np.abs(indices + 0.5 - centers) / reach)
-    weights *= (indices >= 0) & (indices < old)
-    weights /= weights.sum(0)
-    return indices.clip(0, old - 1), weights.astype(np.float32)
 
 
 class _ImageLayout(NamedTuple):
@@ -207,6 +165,8 @@ class _ImageLayout(NamedTuple):
             result.append(f'Observation {name!r} is read as an image with its channels first.')
         if self.dtype != np.uint8:
             result.append(f'Observation {name!r} is converted from {self.dtype} to 8-bit pixels.')
+        elif self.scale != 1:
+            result.append(f'Observation {name!r} is read as an image in black and white.')
         if (self.height, self.width) != size:
             result.append(
                 f'Observation {name!r} is resized from {self.height}x{self.width} to '
@@ -218,14 +178,17 @@ class _ImageLayout(NamedTuple):
 def _image_layout(space: spaces.Space) -> _ImageLayout | None:
     if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3):
         return None
-    scale = 1.0
-    if space.dtype != np.uint8:
-        high = space.high.flat[0] if space.high.size else 0
-        usual = (1, 255) if space.dtype.kind == 'f' else (255,)
-        pixels = high in usual and np.all(space.low == 0) and np.all(space.high == high)
-        if len(space.shape) != 3 or not pixels:
+    high = float(space.high.flat[0]) if space.high.size else 0.0
+    even = bool(np.all(space.low == 0) and np.all(space.high == high))
+    if space.dtype == np.uint8:
+        # Other ranges are codes, such as those of a grid, not brightness.
+        if not (np.all(space.high == 255) or (even and high == 1)):
             return None
-        scale = 255.0 / float(high)
+    else:
+        usual = (1, 255) if space.dtype.kind == 'f' else (255,)
+        if len(space.shape) != 3 or not even or high not in usual:
+            return None
+    scale = 255.0 / high
     first, second, *rest = (int(side) for side in space.shape)
     axis: int | None
     if not rest:
@@ -266,7 +229,7 @@ def _convert_image(
         image = image[..., None]
     elif layout.channel_axis == 0:
         image = np.moveaxis(image, -3, -1)
-    if image.dtype != np.uint8:
+    if image.dtype != np.uint8 or layout.scale != 1:
         image = np.rint(np.clip(image * layout.scale, 0, 255)).astype(np.uint8)
     image = image.reshape(*batch_shape, layout.height, layout.width, layout.channels)
     if (layout.height, layout.width) != size:
@@ -320,12 +283,11 @@ def _classes_and_start(
     )
 
 
-def _bounded(space: spaces.Box) -> np.ndarray:
-    """Returns which dimensions of a box have a finite extent, [N] `bool`."""
-    with np.errstate(over='ignore', invalid='ignore'):
-        # float32 on purpose: bounds at the largest float are a way of saying 'none'.
-        extent = space.high.astype(np.float32) - space.low.astype(np.float32)
-    return np.isfinite(extent).ravel()
+def _limits(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bounds of each dimension, two of [N] `float64`, infinite where there is none."""
+    low, high = space.low.ravel().astype(np.float64), space.high.ravel().astype(np.float64)
+    # The largest number of the dtype is a way of saying 'none'.
+    return np.where(low < -NO_BOUND, -np.inf, low), np.where(high > NO_BOUND, np.inf, high)
 
 
 def _assembler(space: spaces.Space, path: _Path) -> Callable[[Mapping[str, np.ndarray], Any], Any]:
@@ -342,16 +304,15 @@ def _assembler(space: spaces.Space, path: _Path) -> Callable[[Mapping[str, np.nd
 
 
 def _box_action(space: spaces.Box) -> Callable[[np.ndarray], np.ndarray]:
-    low, high = space.low.ravel().astype(np.float64), space.high.ravel().astype(np.float64)
-    bounded, shape, dtype = _bounded(space), space.shape, space.dtype
-    start, end = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-    integer = dtype.kind in 'iub'
+    low, high = _limits(space)
+    start = np.where(np.isfinite(low), low, np.where(np.isfinite(high), high - 2.0, -1.0))
+    end = np.where(np.isfinite(high), high, start + 2.0)
+    shape, dtype = space.shape, space.dtype
 
     def convert(values: np.ndarray) -> np.ndarray:
         values = np.minimum(np.maximum(values.astype(np.float64), -1.0), 1.0)
         result = (start * (1.0 - values) + end * (1.0 + values)) / 2  # -1 and 1 meet the bounds
-        result = np.minimum(np.maximum(result, low), high)  # also for bounds on one side only
-        if integer:
+        if dtype.kind in 'iub':
             result = np.rint(result)
         return result.astype(dtype).reshape(values.shape[:-1] + shape)
 

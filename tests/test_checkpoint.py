@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,23 @@ def assert_equal(tree, expected):
     for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
         assert np.asarray(one).dtype == np.asarray(other).dtype
+
+
+def test_a_replay_is_neither_copied_nor_read_at_once(tmp_path):
+    ring = np.arange(4_000_000, dtype=np.float64).reshape(2, -1)  # 32 MB
+    view = ring[:, : ring.shape[1] // 2]
+    replay = {'arrays': {'data': view}, 'metadata': {}}
+    checkpointer = Checkpointer(tmp_path / 'checkpoints')
+    tracemalloc.start()
+    try:
+        checkpointer.save(1, Saved(make_state(1), replay, {}))
+        saved = checkpointer.restore(abstract_state(make_state(0)))
+        assert tracemalloc.get_traced_memory()[1] < view.nbytes + 2_000_000 // 2
+    finally:
+        tracemalloc.stop()
+        checkpointer.close()
+    assert isinstance(saved.replay['arrays']['data'], np.memmap)
+    np.testing.assert_array_equal(saved.replay['arrays']['data'], view)
 
 
 def test_everything_comes_back(folder):

@@ -72,8 +72,10 @@ def mistake(capsys, *arguments):
         ('train', 'Choose a preset, as in --config=quickstart'),
         ('train --config', '--config expected one argument.'),
         ('train --confg=quickstart', "no option --confg; did you mean '--config'?"),
-        ('train --config=quickstart --seed=3', 'no option --seed'),
-        ('train --config=quickstart -config.seed=3', "did you mean '--config'?"),
+        ('train --config=quickstart --seed=3', 'no option --seed; did you mean --config.seed?'),
+        ('train --config=quickstart --steps=9', 'did you mean --config.run.steps?'),
+        ('train --config=quickstart --env.id=X', 'did you mean --config.env.id?'),
+        ('train --config=quickstart -config.seed=3', 'did you mean --config.seed?'),
         ('train quickstart', "'quickstart' is one argument too many"),
         ('presets all', "'all' is one argument too many"),
         # Presets, files, sizes.
@@ -105,6 +107,13 @@ def mistake(capsys, *arguments):
         ('train --config=quickstart --config.run.steps -1', 'must be at least 1, not -1.'),
         ('train --config=quickstart --config.env.vectorization=asink', "mean 'async'?"),
         ('train --config=quickstart --config.agent.deter=100', 'multiples of agent.blocks'),
+        ('train --config=quickstart --config.agent.actor_layers=0', 'must be at least 1, not 0.'),
+        ('train --config=quickstart --config.agent.classes=257', 'at most 256, not 257.'),
+        ('train --config=quickstart --config.agent.discount_horizon=1', 'above 1, not 1.0.'),
+        ('train --config=quickstart --config.agent.momentum=1', 'from 0 to below 1, not 1.0.'),
+        ('train --config=quickstart --config.agent.return_low_percentile=99', 'must be below'),
+        ('train --config=quickstart --config.agent.return_high_percentile=950', 'in 0 to 100.'),
+        ('train --config=quickstart --config.seed=4294967296', 'at most 4294967295'),
         ('train --config=gymnasium', 'Name the environment'),
         # Evaluation.
         ('evaluate', 'Name the run folder'),
@@ -115,7 +124,8 @@ def mistake(capsys, *arguments):
         ('evaluate run --epsiodes=3', "no option --epsiodes; did you mean '--episodes'?"),
         ('evaluate run --episodes=few', "--episodes takes a whole number, not 'few'."),
         ('evaluate run --episodes=0', '--episodes must be at least 1'),
-        ('evaluate run --seed=-1', '--seed must be at least 0'),
+        ('evaluate run --seed=-1', '--seed must be from 0 to 4294967295, not -1.'),
+        ('evaluate run --seed=5000000000', '--seed must be from 0 to 4294967295'),
         ('evaluate run --video=film.avi', '--video must end with .mp4 or .gif'),
     ],
 )
@@ -172,7 +182,7 @@ def test_train_starts_the_loop(trained):
     assert cli.main(['train', '--config=quickstart']) == 0
     config, logdir, preset = trained.pop()
     assert config.env.id == 'CartPole-v1'
-    assert logdir == Path('runs/quickstart-CartPole-v1-nano-seed0')
+    assert logdir == Path('runs/quickstart-CartPole-v1-cpu-seed0')
     assert preset == 'quickstart'
     assert not logdir.exists()
 
@@ -185,7 +195,7 @@ def test_config_may_stand_anywhere(trained):
         assert cli.main(arguments) == 0
     assert trained[0] == trained[1] == trained[2]
     config, logdir, _ = trained[0]
-    assert (config.seed, config.size, config.agent.units) == (3, 'nano', 128)
+    assert (config.seed, config.size, config.agent.units) == (3, 'nano', 64)
     assert logdir == Path('runs/gymnasium-X-v0-nano-seed3')
 
 
@@ -238,6 +248,8 @@ def test_environment_arguments_are_literals_or_text(trained):
 def test_environment_arguments_of_a_preset_keep_their_type(trained, capsys):
     assert cli.main(['train', '--config=atari', '--config.env.kwargs.gray=0']) == 0
     assert trained.pop()[0].env.kwargs.gray is False
+    assert cli.main(['train', '--config=atari', '--config.env.kwargs.sticky=0.5']) == 0
+    assert trained.pop()[0].env.kwargs.sticky == 0.5
     words = mistake(capsys, 'train', '--config=atari', '--config.env.kwargs.gray=no way')
     assert words == "--config.env.kwargs.gray takes true or false, not 'no way'."
 
@@ -268,6 +280,7 @@ def test_evaluate_prints_the_score(evaluated, capsys, folder):
     assert cli.main(['evaluate', 'run']) == 0
     options = '--episodes=2 --seed=5 --video=a.mp4 --sample'.split()
     assert cli.main(['evaluate', '--logdir=run', *options]) == 0
+    reports = [options.pop('report') for _, options in evaluated]
     assert evaluated[0] == (
         Path('run'),
         {'episodes': 20, 'seed': 0, 'video': None, 'sample': False},
@@ -279,6 +292,17 @@ def test_evaluate_prints_the_score(evaluated, capsys, folder):
     assert capsys.readouterr().out.splitlines()[0] == (
         'mean return 3.00 ± 0.50 (95% confidence interval, 2 episodes, mean length 15.0)'
     )
+    reports[1](1, 2.5, 7)
+    assert capsys.readouterr().out == 'episode 1/2: return 2.50, length 7\n'
+
+
+def test_evaluate_prints_one_episode(monkeypatch, evaluated, capsys, folder):
+    (folder / 'run').mkdir()
+    result = {'mean': 3.0, 'ci95': float('nan'), 'returns': [3.0], 'lengths': [15]}
+    module = sys.modules['dreamerv3_jax.evaluation']
+    monkeypatch.setattr(module, 'evaluate', lambda *_, **__: result)
+    assert cli.main(['evaluate', 'run', '--episodes=1']) == 0
+    assert capsys.readouterr().out == 'return 3.00, length 15\n'
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ TABLE = {
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
     'gymnasium': ('', {}, 0, 1, 4, 256.0, 1_000_000, 'size1m'),
-    'quickstart': ('CartPole-v1', {}, 0, 1, 4, 64.0, 40_000, 'nano'),
+    'quickstart': ('CartPole-v1', {}, 0, 1, 4, 64.0, 40_000, 'cpu'),
 }
 
 
@@ -193,6 +193,6 @@ def test_run_folder_names_the_run():
     config = presets.load_config('quickstart')
     config.env.id = 'my.module:make env/2'
     folder = settings.run_folder(config, 'quickstart')
-    assert folder.as_posix() == 'runs/quickstart-my.module_make_env_2-nano-seed0'
+    assert folder.as_posix() == 'runs/quickstart-my.module_make_env_2-cpu-seed0'
     config.logdir = 'here/it is'
     assert settings.run_folder(config, 'quickstart').as_posix() == 'here/it is'

@@ -164,15 +164,22 @@ def test_the_newest_checkpoint_is_played(tmp_path):
 def test_video(ending, run, tmp_path):
     pytest.importorskip('imageio_ffmpeg')
     path = tmp_path / 'new folder' / f'film.{ending}'
-    result = evaluate(run, episodes=3, video=path)
+    result = evaluate(run, episodes=1, video=path)
     # In another process, because the reader forks, which JAX warns of.
     code = 'import sys, imageio.v3 as iio; print(*iio.imread(sys.argv[1]).shape)'
     read = subprocess.run(
         [sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True
     )
     frames, *shape = map(int, read.stdout.split())
-    assert frames - 1 in result['lengths']  # with the last observation
+    assert frames == result['lengths'][0] + 1  # with the first and the last observation
     assert shape == [4 * 43, 6 * 43, 3]  # 4 x 6 pixels, enlarged to more than 256
+
+
+def test_video_that_cannot_be_written(run, tmp_path):
+    pytest.importorskip('imageio_ffmpeg')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='Cannot write the video .*film.mp4'):
+        evaluate(run, episodes=1, video=tmp_path / 'file' / 'film.mp4')
 
 
 def test_pictures_of_any_size(tmp_path):

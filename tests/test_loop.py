@@ -293,6 +293,44 @@ def test_resume_without_replay(tmp_path):
         trainer.save()
     with Trainer(config, tmp_path, 'tiny') as trainer:
         assert trainer.counters['ticks'] == 5 and len(trainer._replay) == 0
+        before = trainer.counters['updates']
+        while not trainer._replay.can_sample:
+            trainer.tick()
+        trainer.tick()  # what was missed meanwhile is not made up for at once
+        assert 0 < trainer.counters['updates'] - before <= 4
+
+
+def test_an_interrupt_ends_the_updates_of_a_tick(tmp_path):
+    config = counter_config(replay__train_ratio=256.0)
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        while not trainer.counters['updates']:
+            trainer.tick()
+        trainer._interrupts.append(2)
+        before = trainer.counters['updates']
+        trainer.tick()
+        assert trainer.counters['updates'] == before
+        trainer._interrupts.clear()
+        trainer.tick()  # the updates of both ticks
+        missed = trainer.counters['updates'] - before
+        trainer.tick()
+        assert missed > trainer.counters['updates'] - before - missed > 0
+
+
+def test_a_run_without_checkpoint_starts_anew(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.log()
+    assert tiny_runs.read_metrics(tmp_path)[0]['step'] > 0
+    with Trainer(counter_config(agent__units=16), tmp_path, 'tiny') as trainer:
+        assert tiny_runs.read_metrics(tmp_path) == [] and trainer.counters['ticks'] == 0
+
+
+def test_too_little_memory_names_smaller_sizes(tmp_path, monkeypatch):
+    def tick(trainer):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+    monkeypatch.setattr(Trainer, 'tick', tick)
+    with pytest.raises(UserError, match='too small for nano; choose a smaller size'):
+        loop.train(counter_config(), tmp_path, 'tiny')
 
 
 def test_save_before_the_first_step(tmp_path):
@@ -434,7 +472,7 @@ def test_interruption(tmp_path, compiled):
         process.kill()
     assert process.returncode == 130, out + err
     assert err == ''
-    assert 'Stopping; saving a checkpoint' in out
+    assert 'Stopping after this update, to save a checkpoint' in out
     updates = tiny_runs.read_metrics(folder)[-1]['count/updates']
     assert checkpoint.latest_step(folder / 'checkpoints')
     with Trainer(config, folder, 'tiny') as trainer:

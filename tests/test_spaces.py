@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -5,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter, resize
+from dreamerv3_jax.images import resize
+from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
 
 
 def _flat_actions(adapter, rng, count):
@@ -112,6 +115,18 @@ def test_float_image(high, value, pixel):
     adapter = ObservationAdapter(spaces.Box(0, high, (64, 64, 1), np.float32))
     array = adapter.convert(np.full((64, 64, 1), value, np.float32))['observation']
     assert (array == pixel).all()
+
+
+def test_masks_are_black_and_white():
+    adapter = ObservationAdapter(spaces.Box(0, 1, (64, 64, 1), np.uint8))
+    assert adapter.convert(np.eye(64, dtype=np.uint8)[..., None])['observation'].max() == 255
+    assert 'black and white' in adapter.messages[0]
+
+
+@pytest.mark.parametrize('shape', [(20, 20), (16, 16, 3)])
+def test_codes_of_a_grid_are_no_pixels(shape):
+    specs = ObservationAdapter(spaces.Box(0, 10, shape, np.uint8)).specs
+    assert specs == {'observation': ArraySpec('continuous', (math.prod(shape),))}
 
 
 @pytest.mark.parametrize(
@@ -233,13 +248,25 @@ def test_continuous_action_values():
     assert adapter.messages == []
 
 
-def test_unbounded_and_half_bounded_actions():
-    largest = np.finfo(np.float32).max
-    low = np.array([-np.inf, 0, -largest], np.float32)
-    adapter = ActionAdapter(spaces.Box(low, np.array([np.inf, np.inf, largest], np.float32)))
+@pytest.mark.parametrize(
+    ('low', 'high', 'dtype', 'ends'),
+    [
+        (-np.inf, np.inf, np.float32, (-1, 1)),
+        (-np.finfo(np.float32).max, np.finfo(np.float32).max, np.float32, (-1, 1)),
+        (5, np.inf, np.float32, (5, 7)),
+        (0, np.finfo(np.float32).max, np.float32, (0, 2)),
+        (-np.inf, -3, np.float32, (-5, -3)),
+        (0, np.iinfo(np.int64).max, np.int64, (0, 2)),
+        (np.iinfo(np.int64).min, np.iinfo(np.int64).max, np.int64, (-1, 1)),
+    ],
+)
+def test_actions_without_a_bound(low, high, dtype, ends):
+    space = spaces.Box(low, high, (1,), dtype)
+    adapter = ActionAdapter(space)
     assert 'without bounds' in adapter.messages[0]
-    assert adapter.convert({'action': np.array([[-5, -5, -5.0]])}, 0).tolist() == [-1, 0, -1]
-    assert adapter.convert({'action': np.array([[0.5, 0.5, 0.5]])}, 0).tolist() == [0.5, 0.5, 0.5]
+    for value, expected in zip((-5.0, 5.0, 0.0), (*ends, sum(ends) / 2), strict=True):
+        action = adapter.convert({'action': np.array([[value]], np.float32)}, 0)
+        assert action == expected and space.contains(action)
 
 
 def test_integer_box_actions_round():

@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'dreamerv3_jax'
 LAYERS = (
     'errors cpu config configs presets settings '
     'types transforms distributions returns normalization',
-    'spaces metrics replay envs',
+    'images spaces metrics replay envs',
     'losses nets',
     'networks optimizer actions',
     'rssm',

@@ -17,7 +17,7 @@ import numpy as np
 from ale_py import roms
 
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.spaces import resize
+from dreamerv3_jax.images import resize
 
 MAX_FRAMES = 108_000  # half an hour at 60 Hz
 STICKINESS = 0.25

@@ -1,5 +1,7 @@
 """Environments that come vectorised by their authors."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -8,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 from dreamerv3_jax.envs.registry import Settings, is_suite, readable_errors
 from dreamerv3_jax.envs.stream import FinalRecords, Records
-from dreamerv3_jax.envs.vector import VectorEnvironment
+from dreamerv3_jax.envs.vector import VectorEnvironment, failure
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
 
@@ -55,15 +57,17 @@ class Native(VectorEnvironment):
         self.messages = self._observations.messages + self._actions.messages
 
     def _reset(self) -> Records:
-        observation, _ = self._env.reset(seed=self._seed)
+        with self._readable_failures():
+            observation, _ = self._env.reset(seed=self._seed)
         self._seed = None
         self._ended = np.zeros(self.num_envs, bool)
         return self._records(observation, first=np.ones(self.num_envs, bool))
 
     def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
-        observation, reward, terminated, truncated, info = self._env.step(
-            self._actions.convert(actions)
-        )
+        with self._readable_failures():
+            observation, reward, terminated, truncated, info = self._env.step(
+                self._actions.convert(actions)
+            )
         reward, terminated = np.asarray(reward, np.float32), np.asarray(terminated, bool)
         ended = terminated | np.asarray(truncated, bool)
         if self._same_step:
@@ -115,8 +119,16 @@ class Native(VectorEnvironment):
         """Returns a picture of the first environment, or None if it has none."""
         if self._env.render_mode != 'rgb_array':
             return None
-        frames = self._env.render()
+        with self._readable_failures():
+            frames = self._env.render()
         return None if frames is None else np.asarray(frames[0])
+
+    @contextlib.contextmanager
+    def _readable_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise failure(self._id, None, error) from error
 
     def close(self) -> None:
         """Releases the environments."""

@@ -166,7 +166,10 @@ class InProcess(VectorEnvironment):
 
     def render(self) -> np.ndarray | None:
         """Returns a picture of the first environment, or None if it has none."""
-        return self._streams[0].render()
+        try:
+            return self._streams[0].render()
+        except Exception as error:
+            raise failure(self._id, 0, error) from error
 
     def close(self) -> None:
         """Releases all environments."""
@@ -197,13 +200,12 @@ def different_spaces(env_id: str) -> UserError:
     )
 
 
-def failure(env_id: str, index: int, error: Exception) -> UserError:
-    """Returns one readable sentence about an environment that raised an exception."""
+def failure(env_id: str, index: int | None, error: Exception) -> UserError:
+    """Returns one readable sentence about an exception in an environment, or in all of them."""
     if isinstance(error, UserError):
         return error
     frames = traceback.extract_tb(error.__traceback__)
     place = f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
     text = ' '.join(str(error).split())
-    return UserError(
-        f'Environment {index} of {env_id} failed: {type(error).__name__}: {text}{place}'
-    )
+    which = env_id if index is None else f'Environment {index} of {env_id}'
+    return UserError(f'{which} failed: {type(error).__name__}: {text}{place}')
