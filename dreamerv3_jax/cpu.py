@@ -15,10 +15,14 @@ _MALLOC_OPTIONS = (
     (-2, 256 * 1024 * 1024),  # M_TOP_PAD: grow the heap in large pieces
     (-8, 1),  # M_ARENA_MAX: one heap for all threads
 )
-# This release puts convolutions and reductions into fusions that are slower than XLA's own loops.
-# Unknown flags end the process, so releases that were not tried are left alone.
-_FUSION_RELEASE = '0.10.2'
-_FUSION_FLAG = '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution,-reduce'
+# This release puts convolutions and reductions into fusions that are slower than XLA's own loops,
+# and uses half of the widest registers. Unknown flags end the process, so releases that were not
+# tried are left alone.
+_TUNED_RELEASE = '0.10.2'
+_FLAGS = (
+    '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution,-reduce '
+    '--xla_cpu_prefer_vector_width=512'
+)
 
 
 def prepare() -> bool:
@@ -33,8 +37,8 @@ def prepare() -> bool:
         return False
     if not any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
         _tune_malloc()
-    if importlib.metadata.version('jaxlib') == _FUSION_RELEASE:
-        os.environ.setdefault('XLA_FLAGS', _FUSION_FLAG)
+    if importlib.metadata.version('jaxlib') == _TUNED_RELEASE:
+        os.environ.setdefault('XLA_FLAGS', _FLAGS)
     return True
 
 
