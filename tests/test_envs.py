@@ -481,3 +481,8 @@ def test_missing_package_of_gymnasium(monkeypatch):
     monkeypatch.setattr(toy_envs, 'fails', broken)
     with pytest.raises(UserError, match='needs another package: pip install box3d'):
         make('toy_envs:fails')
+
+
+def test_older_versions_are_made_without_a_warning():
+    with make('CartPole-v0') as env:  # warnings are errors
+        assert list(env.observation_specs) == ['observation']

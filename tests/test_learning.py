@@ -35,7 +35,9 @@ def learned(folder, *options):
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(3))
 def test_quickstart_is_solved(seed, tmp_path):
-    assert learned(tmp_path, '--config=quickstart', f'--config.seed={seed}') >= 475
+    assert (
+        learned(tmp_path, '--config=quickstart', f'--config.seed={seed}') >= 195
+    )  # the registered threshold
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,8 +127,11 @@ def _make_registered(settings: Settings) -> gymnasium.Env:
     kwargs = dict(settings.kwargs)
     if settings.render and _draws(settings.id.rpartition(':')[2]):
         kwargs.setdefault('render_mode', 'rgb_array')
-    # gymnasium's checker would look at every step; what it finds, the conversions find too.
-    return gymnasium.make(settings.id, disable_env_checker=True, **kwargs)
+    with warnings.catch_warnings():
+        # Whoever names an older version means it.
+        warnings.filterwarnings('ignore', '.*is out of date', DeprecationWarning)
+        # gymnasium's checker would look at every step; what it finds, the conversions find too.
+        return gymnasium.make(settings.id, disable_env_checker=True, **kwargs)
 
 
 def _draws(registered_id: str) -> bool:
