@@ -292,7 +292,8 @@ def _collect_interrupts(received: list[int], progress: ProgressLine) -> Iterator
         if received:
             signal.default_int_handler(number, frame)
         received.append(number)
-        progress.message('Stopping after this update, to save a checkpoint ...')
+        with contextlib.suppress(RuntimeError):  # the signal came amid another line
+            progress.message('Stopping after this update, to save a checkpoint ...')
 
     if threading.current_thread() is not threading.main_thread():  # cannot handle signals
         yield

@@ -1,6 +1,6 @@
 """Learning curves of runs: keeps the part of their metrics that a curve needs, and draws it.
 
-python experiments/curves.py keep RUN_FOLDER experiments/learning/NAME.jsonl
+python experiments/curves.py keep RUN_FOLDER experiments/learning/NAME.jsonl [--cores=2]
 python experiments/curves.py plot OUT.png 'TITLE' NAME.jsonl ... [--published=TASK] [--target=475]
 
 `--published` lays the curve over the scores in experiments/learning/published.json: median, least
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import time
 
 import matplotlib
 
@@ -21,21 +22,27 @@ matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import numpy as np
 
+from dreamerv3_jax.configs import base
+
+WIDTHS = ('deter', 'hidden', 'classes', 'depth', 'units')
 KEPT = ('step', 'time', 'episode/score', 'episode/length', 'count/updates', 'count/episodes')
 LEARNING = pathlib.Path(__file__).parent / 'learning'
 
 
-def keep(run: pathlib.Path, output: pathlib.Path) -> None:
+def keep(run: pathlib.Path, output: pathlib.Path, cores: int) -> None:
     # A header line about the run, then the metrics of every line that has a score.
     rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
     start = rows[0]['time']
     config = json.loads((run / 'config.json').read_text())
+    widths = tuple(config['agent'][name] for name in WIDTHS)
     header = {
+        'date': time.strftime('%Y-%m-%d', time.gmtime(start)),
+        'machine': f'{processor()}, {cores} core{"s" * (cores > 1)}',
         'environment': config['env']['id'],
-        'size': config['size'],
+        'action_repeat': config['env']['repeat'],
+        'size': next(size for size, values in base.SIZES.items() if values == widths),
         'seed': config['seed'],
         'train_ratio': config['replay']['train_ratio'],
-        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
     }
     with output.open('w') as file:
         file.write(json.dumps(header) + '\n')
@@ -43,6 +50,15 @@ def keep(run: pathlib.Path, output: pathlib.Path) -> None:
             if row.get('episode/score') is not None:
                 kept = {name: row[name] for name in KEPT if name in row}
                 file.write(json.dumps(kept | {'seconds': round(row['time'] - start, 1)}) + '\n')
+
+
+def processor() -> str:
+    """Name of the CPU, as far as the system tells."""
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def load(path: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -106,6 +122,7 @@ def main() -> None:
     keeping = commands.add_parser('keep')
     keeping.add_argument('run', type=pathlib.Path)
     keeping.add_argument('output', type=pathlib.Path)
+    keeping.add_argument('--cores', type=int, default=os.cpu_count())
     plotting = commands.add_parser('plot')
     plotting.add_argument('output', type=pathlib.Path)
     plotting.add_argument('title')
