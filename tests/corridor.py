@@ -66,7 +66,7 @@ def config(**changes: Any) -> ml_collections.ConfigDict:
             'agent.actor_layers': 1,
             'agent.critic_layers': 1,
             'agent.imagination_length': 5,
-            'agent.learning_rate': 3e-3,
+            'agent.learning_rate': 1e-3,
             'agent.warmup_updates': 10,
         }
         | changes
