@@ -122,7 +122,8 @@ MISTAKES = (
     ),
     Mistake(
         'acting with the first parameters', 'loop.py',
-        'self._state.params,\n', 'self._agent.init(self._config.seed).params,\n',
+        'self._state.params,\n',
+        "self.__dict__.setdefault('_old', jax.tree.map(np.array, self._state.params)),\n",
         'test_corridor.py',
     ),
     Mistake(
