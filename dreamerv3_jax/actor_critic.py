@@ -29,12 +29,12 @@ class ActorCriticLosses(NamedTuple):
 class Imagined(NamedTuple):
     """Trajectories from every replayed state; nothing in them carries a gradient."""
 
-    state: tuple[Array, Array]  # ([H, N, D], [H, N, S * C]), all but the last
-    actions: dict[str, Array]  # {name: [H, N, n]}
-    slow_value: Array  # [H, N] float32
+    state: tuple[Array, Array]  # ([N, H, D], [N, H, S * C]), all but the last
+    actions: dict[str, Array]  # {name: [N, H, n]}
+    slow_value: Array  # [N, H] float32
     last_value: Array  # [N] float32, of the online critic in the last state
-    reward: Array  # [H + 1, N] float32
-    continue_: Array  # [H + 1, N] float32, probabilities that contain the discount
+    reward: Array  # [N, H + 1] float32
+    continue_: Array  # [N, H + 1] float32, probabilities that contain the discount
 
 
 def imagine_trajectories(
@@ -80,8 +80,8 @@ def imagine_trajectories(
         actions=actions,
         slow_value=slow_value,
         last_value=value(params['critic'], last),
-        reward=jnp.concatenate([reward, last_reward[None]]),
-        continue_=jnp.concatenate([continue_, last_continue[None]]),
+        reward=jnp.concatenate([reward, last_reward[:, None]], 1),
+        continue_=jnp.concatenate([continue_, last_continue[:, None]], 1),
     )
 
 
@@ -116,9 +116,9 @@ def actor_critic_losses(
     )
     bins = two_hot_bins(config.bins)
     logits = networks.critic(params['critic'], *imagined.state)
-    value = jnp.concatenate([sg(two_hot_mean(logits, bins)), imagined.last_value[None]]).T
+    value = jnp.concatenate([sg(two_hot_mean(logits, bins)), imagined.last_value[:, None]], 1)
     result = returns.lambda_returns(
-        imagined.reward.T, imagined.continue_.T, value, lambda_=config.return_lambda
+        imagined.reward, imagined.continue_, value, lambda_=config.return_lambda
     )
     percentiles = normalization.update_return_percentiles(
         percentiles,
@@ -129,21 +129,19 @@ def actor_critic_losses(
     )
     scale = normalization.return_scale(percentiles, limit=config.return_limit)
     advantage = (result - value[:, :-1]) / scale
-    weight = returns.trajectory_weights(imagined.continue_.T)[:, :-1]
+    weight = returns.trajectory_weights(imagined.continue_)[:, :-1]
 
     policy = action_lib.make_policy(
         networks.actor(params['actor'], *imagined.state), action_specs, config
     )
-    entropy = action_lib.entropy(policy).T
+    entropy = action_lib.entropy(policy)
     actor = losses.actor_loss(
-        action_lib.log_prob(policy, imagined.actions).T, entropy, advantage, weight,
+        action_lib.log_prob(policy, imagined.actions), entropy, advantage, weight,
         entropy_scale=config.entropy_scale,
     )  # fmt: skip
-    # The logits stay time-major: transposing the small targets is cheap, unlike [H, N, K].
-    critic = losses.critic_loss(
-        logits, result.T, imagined.slow_value, bins, slow_scale=config.slow_critic_scale
+    critic = weight * losses.critic_loss(
+        logits, result, imagined.slow_value, bins, slow_scale=config.slow_critic_scale
     )
-    critic = weight * critic.T
     replay_critic, replay_value = _replay_critic_loss(
         networks, params, slow_critic, latent, batch, result[:, 0], config
     )

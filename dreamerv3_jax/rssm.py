@@ -149,7 +149,8 @@ def _scan_forward(step: Callable, params: Params, start: Any, inputs: Any) -> tu
 def _scan_backward(step: Callable, residuals: tuple, gradients: tuple) -> tuple[Any, Any, Any]:
     backward, params, before, inputs = residuals
     start_gradient, inputs_gradient, state_gradients = backward(gradients)
-    rows = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
+    # Sequences first: they may be sharded, and only a first axis can be merged with another then.
+    rows = functools.partial(jax.tree.map, lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))
     before, inputs = rows(before), rows(inputs)
     _, batched = jax.vjp(lambda params: step(params, before, inputs), params)
     (params_gradient,) = batched(rows((state_gradients, gradients[1])))
@@ -217,15 +218,15 @@ def imagine(
       dynamics: the `RSSMCell`.
       params: of the cell.
       start: [N, ...] latents, one trajectory from each.
-      act: maps a latent and a key to a flat action [N, A] and a tree to record for this step. What
+      act: maps a latent and a key to a flat action [N, A] and a tree [N, ...] to record. What
         it computes there runs while the latent is in the cache.
       length: H.
       key: consumed here; None takes the most probable latents (and gives `act` a fixed key).
       unimix: share of the uniform distribution.
 
     Returns:
-      The latents [H, N, ...] from the start on, the last latent [N, ...] after them, and the
-      records [H, ...].
+      The latents [N, H, ...] from the start on, the last latent [N, ...] after them, and the
+      records [N, H, ...].
     """
     latent_key, act_key = jax.random.split(jax.random.key(0) if key is None else key)
     uniform = None
@@ -242,5 +243,6 @@ def imagine(
         return Latent(deter, stoch), (latent, record)
 
     act_keys = jax.random.split(act_key, length)
-    last, (latents, records) = jax.lax.scan(step, start, (uniform, act_keys))
+    last, outputs = jax.lax.scan(step, start, (uniform, act_keys))
+    latents, records = jax.tree.map(lambda x: x.swapaxes(0, 1), outputs)
     return latents, last, records

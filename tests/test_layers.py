@@ -93,7 +93,7 @@ def test_linear_of_parts_is_linear_of_the_concatenation():
     expected = one.apply(params, jnp.concatenate(xs, -1))
     close(several.apply(params, *xs), expected)
     parts = [several.apply(params, i, x, method='part') for i, x in enumerate(xs)]
-    close(several.apply(params, sum(parts), method='add_bias'), expected)
+    close(sum(parts) + params['params']['bias'][None, None], expected)
     with pytest.raises(AssertionError):
         several.apply(params, xs[0])
 
@@ -200,6 +200,55 @@ def test_hidden_layer_is_linear_norm_silu():
         module.apply({'params': params}, x @ params['linear']['kernel'], method='activate'),
         expected,
     )
+
+
+def plain_normalised_silu(x, bias, scale):
+    y = x.astype(jnp.float32) + bias[None]
+    mean_square = jnp.mean(jnp.square(y), -1, keepdims=True)
+    return jax.nn.silu(y / jnp.sqrt(mean_square + 1e-4) * scale[None]).astype(x.dtype)
+
+
+def test_normalised_silu_by_hand():
+    # x + b = (3, 4), mean square 12.5, root with epsilon 3.5355; times (2, 1): z = 1.6970, 1.1314.
+    # silu(z) = z / (1 + exp(-z)) = 1.6970 / 1.18323 = 1.4342 and 1.1314 / 1.32259 = 0.8554.
+    result = layers.normalised_silu(
+        jnp.array([[2.0, 6.0]]), jnp.array([1.0, -2.0]), jnp.array([2.0, 1.0])
+    )
+    np.testing.assert_allclose(result, [[1.4342, 0.8554]], rtol=2e-4)
+
+
+@pytest.mark.parametrize('magnitude', [1e-6, 1e-2, 1.0, 1e6])
+def test_gradient_of_normalised_silu(magnitude):
+    """Its own backward pass is the derivative of the plain form, on both sides of the epsilon."""
+    x, gradient = magnitude * random(7, 5), random(7, 5, seed=1)
+    bias, scale = magnitude * random(5, seed=2), random(5, seed=3)
+
+    def gradients(function):
+        value, backward = jax.vjp(function, x, bias, scale)
+        return value, *backward(gradient)
+
+    for ours, plain in zip(
+        gradients(layers.normalised_silu), gradients(plain_normalised_silu), strict=True
+    ):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
+
+
+def test_normalised_silu_does_not_see_the_length_of_a_row():
+    # f(c y) = f(y) far above the epsilon, so the gradient is orthogonal to y, and zeros stay zeros.
+    y, scale, zero = random(6, 8), random(8, seed=1), jnp.zeros(8)
+    gradient = jax.grad(lambda y: layers.normalised_silu(y, zero, scale).sum())(y)
+    np.testing.assert_allclose(jnp.sum(gradient * y, -1), 0, atol=1e-3)
+    assert np.abs(gradient).max() > 0.1
+    assert not np.any(layers.normalised_silu(jnp.zeros((2, 8)), zero, scale))
+
+
+def test_normalised_silu_is_computed_in_float32():
+    x, bias, scale = random(4, 64), random(64, seed=1), random(64, seed=2)
+    result, backward = jax.vjp(layers.normalised_silu, x.astype(jnp.bfloat16), bias, scale)
+    plain = plain_normalised_silu(x.astype(jnp.bfloat16).astype(jnp.float32), bias, scale)
+    np.testing.assert_array_equal(result, plain.astype(jnp.bfloat16))
+    gradients = backward(jnp.ones_like(result))
+    assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
 
 def test_mlp_stacks_hidden_layers():

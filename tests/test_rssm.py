@@ -142,7 +142,7 @@ def test_observe_is_a_loop_of_steps():
 
 def test_imagine_is_a_loop_of_steps():
     """States from the start on, each with the action that leads to the next one."""
-    start, params, dynamics = latent(3, seed=5), parameters()['dynamics'], networks().dynamics
+    start, params, dynamics = latent(2, seed=5), parameters()['dynamics'], networks().dynamics
     weights = random(D, A, seed=6)
 
     def act(state, key):
@@ -153,15 +153,15 @@ def test_imagine_is_a_loop_of_steps():
     )(start)
     deter, stoch = (np.asarray(x, np.float64) for x in (start.deter, start.stoch))
     for t in range(4):
-        reached = last if t == 3 else Latent(latents.deter[t], latents.stoch[t])
+        reached = last if t == 3 else Latent(latents.deter[:, t], latents.stoch[:, t])
         np.testing.assert_allclose(reached.deter, deter, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(reached.stoch, stoch, atol=1e-6)
         if t < 3:
-            np.testing.assert_allclose(record[t], deter[:, 0], rtol=1e-3, atol=1e-4)
-        deter = plain_sequence(deter, stoch.reshape(3, -1), np.tanh(deter @ weights), params)
+            np.testing.assert_allclose(record[:, t], deter[:, 0], rtol=1e-3, atol=1e-4)
+        deter = plain_sequence(deter, stoch.reshape(2, -1), np.tanh(deter @ weights), params)
         logits = linear(hidden(deter, params['prior_hidden']['hidden_0']), params['prior_logits'])
-        stoch = np.eye(C)[logits.reshape(3, S, C).argmax(-1)]
-    assert latents.deter.shape == (3, 3, D) and latents.stoch.shape == (3, 3, S, C)
+        stoch = np.eye(C)[logits.reshape(2, S, C).argmax(-1)]
+    assert latents.deter.shape == (2, 3, D) and latents.stoch.shape == (2, 3, S, C)
 
 
 def test_batched_gradients_by_hand():

@@ -402,3 +402,39 @@ def test_box2d():
     with make('CarRacing-v3', num_envs=2, vectorization='auto') as env:
         assert env.observation_specs['observation'].shape == (96, 96, 3)
         assert env.reset().observation['observation'].std() > 5
+
+
+class TestMuJoCo:
+    @pytest.fixture(autouse=True)
+    def package(self, monkeypatch, tmp_path):
+        pytest.importorskip('mujoco')
+        monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file there
+
+    def test_time_limit_truncates(self):
+        with make('HalfCheetah-v5', repeat=3) as env:
+            assert env.observation_specs['observation'].shape == (17,)
+            assert env.action_specs['action'].shape == (6,)
+            assert env.messages == []
+            env.reset()
+            for step in range(math.ceil(1000 / 3)):
+                records, _ = env.step({'action': np.zeros((1, 6), np.float32)})
+                assert records.is_last[0] == (step == 333)
+            assert not records.is_terminal[0]
+            assert env.step({'action': np.zeros((1, 6), np.float32)})[0].is_first[0]
+
+    def test_falling_terminates(self):
+        with make('Hopper-v5') as env:
+            env.reset()
+            rng, last = np.random.default_rng(0), False
+            while not last:
+                records, _ = env.step(random_actions(env, rng))
+                last = records.is_last[0]
+            assert records.is_terminal[0]
+
+    def test_seeds(self):
+        def fingerprint(seed, **changes):
+            with make('HalfCheetah-v5', seed=seed, **changes) as env:
+                return play(env, 20)
+
+        assert fingerprint(1) == fingerprint(1) == fingerprint(1, vectorization='async')
+        assert fingerprint(1) != fingerprint(2)

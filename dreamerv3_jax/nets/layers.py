@@ -30,6 +30,15 @@ def truncated_normal(fan_in: int, scale: float = 1.0) -> nn.initializers.Initial
     return init
 
 
+def rows(x: Array) -> Array:
+    """[..., n] -> [N, n].
+
+    The gradient of a product of rows is a plain product of two matrices. With more axes, XLA
+    on CPU transposes an operand first and computes all that leads up to it again on the way.
+    """
+    return x.reshape(-1, x.shape[-1])
+
+
 def along_last(vector: Array, like: Array) -> Array:
     """Broadcasts `vector` [n] against the last axis of `like` [..., n]."""
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
@@ -61,18 +70,19 @@ class Linear(nn.Module):
     def part(self, index: int, x: Array) -> Array:
         """Contribution of input `index` [..., inputs[index]] without bias -> [..., features]."""
         start = sum(self.inputs[:index])
-        kernel = self.kernel[start : start + self.inputs[index]]
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        kernel = self.kernel[start : start + self.inputs[index]].astype(self.dtype)
+        return (rows(x).astype(self.dtype) @ kernel).reshape(*x.shape[:-1], self.features)
 
-    def add_bias(self, x: Array) -> Array:
-        """Adds the bias to a sum of parts [..., features]."""
-        return x + along_last(self.bias.astype(self.dtype), x)
+    def sum_of_parts(self, *xs: Array) -> Array:
+        """Maps inputs [..., inputs[i]] -> [..., features], still without bias."""
+        assert len(xs) == len(self.inputs), (len(xs), self.inputs)
+        first, *rest = (self.part(index, x) for index, x in enumerate(xs))
+        return sum(rest, first)
 
     def __call__(self, *xs: Array) -> Array:
         """Maps inputs [..., inputs[i]] -> [..., features]."""
-        assert len(xs) == len(self.inputs), (len(xs), self.inputs)
-        first, *rest = (self.part(index, x) for index, x in enumerate(xs))
-        return self.add_bias(sum(rest, first))
+        x = self.sum_of_parts(*xs)
+        return (rows(x) + self.bias.astype(self.dtype)[None]).reshape(x.shape)
 
 
 class BlockLinear(nn.Module):
@@ -152,6 +162,47 @@ class RMSNorm(nn.Module):
         return (x * inverse * scale).astype(self.dtype)
 
 
+@jax.custom_vjp
+def normalised_silu(x: Array, bias: Array, scale: Array) -> Array:
+    """`silu(RMSNorm(x + bias))` over the last axis, in float32 whatever the dtype of x.
+
+    Memory bounds all that is elementwise here, not arithmetic. So the backward pass starts from x
+    again and touches as few arrays as it can.
+
+    Args:
+      x: [N, n], the result of a product.
+      bias: [n] float32.
+      scale: [n] float32.
+
+    Returns:
+      [N, n] in the dtype of x.
+    """
+    return _normalised_silu_forward(x, bias, scale)[0]
+
+
+def _normalised_silu_forward(x: Array, bias: Array, scale: Array) -> tuple[Array, tuple]:
+    y = x.astype(jnp.float32) + bias[None]
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + RMS_EPSILON)
+    return nn.silu(y * inverse * scale[None]).astype(x.dtype), (x, bias, scale, inverse)
+
+
+def _normalised_silu_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array]:
+    x, bias, scale, inverse = residuals
+    y = x.astype(jnp.float32) + bias[None]
+    z = y * inverse * scale[None]
+    sigmoid = nn.sigmoid(z)
+    z_gradient = gradient.astype(jnp.float32) * (sigmoid * (1 + z * (1 - sigmoid)))
+    product = z_gradient * y
+    # The norm's own gradient takes out of each row the part along y.
+    along_y = jnp.matmul(product, scale[:, None], precision='highest')
+    along_y *= jnp.square(inverse) / x.shape[-1]
+    y_gradient = inverse * (z_gradient * scale[None] - y * along_y)
+    return y_gradient.astype(x.dtype), jnp.sum(y_gradient, 0), jnp.sum(product * inverse, 0)
+
+
+normalised_silu.defvjp(_normalised_silu_forward, _normalised_silu_backward)
+
+
 class Hidden(nn.Module):
     """Hidden layer: Linear -> RMSNorm -> SiLU over one or more inputs."""
 
@@ -170,11 +221,12 @@ class Hidden(nn.Module):
 
     def activate(self, summed_parts: Array) -> Array:
         """Finishes the layer from the sum of all parts [..., features]."""
-        return nn.silu(self.norm(self.linear.add_bias(summed_parts)))
+        x = normalised_silu(rows(summed_parts), self.linear.bias, self.norm.scale)
+        return x.reshape(summed_parts.shape)
 
     def __call__(self, *xs: Array) -> Array:
         """Maps inputs [..., inputs[i]] -> [..., features]."""
-        return nn.silu(self.norm(self.linear(*xs)))
+        return self.activate(self.linear.sum_of_parts(*xs))
 
 
 class MLP(nn.Module):
