@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import ml_collections
 
-from dreamerv3_jax import cpu, presets, settings
+from dreamerv3_jax import presets, settings, startup
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError
 
@@ -137,7 +137,7 @@ def _train(arguments: list[str]) -> None:
     logdir = settings.run_folder(config, preset)
     if logdir.exists() and not logdir.is_dir():
         raise UserError(f'{logdir} is a file; choose another folder with --config.logdir.')
-    cpu.prepare()
+    startup.prepare()
     from dreamerv3_jax import loop
 
     loop.train(config, logdir, preset)
@@ -180,7 +180,7 @@ def _evaluate(arguments: list[str]) -> None:
         raise UserError(f'--seed must be from 0 to {settings.MOST_SEED}, not {options.seed}.')
     if options.video and options.video.suffix not in ('.mp4', '.gif'):
         raise UserError(f'--video must end with .mp4 or .gif, unlike {options.video}.')
-    cpu.prepare()
+    startup.prepare()
     from dreamerv3_jax import evaluation
 
     result = evaluation.evaluate(

@@ -1,8 +1,8 @@
 """Strict settings for all tests; they have to be made before jax starts its devices."""
 
-from dreamerv3_jax import cpu
+from dreamerv3_jax import startup
 
-cpu.prepare()
+startup.tune_cpu()
 
 import sys  # noqa: E402
 import types  # noqa: E402
@@ -22,6 +22,15 @@ hypothesis.settings.register_profile(
     'tests', max_examples=25, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile('tests')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def cache_folder(tmp_path_factory):
+    """Keeps compiled programs of commands out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        patch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+        yield
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ PACKAGE = ROOT / 'dreamerv3_jax'
 # From the lowest layer up. A file imports from layers below its own only; files of one folder may
 # import each other, and so may the files of the first two layers.
 LAYERS = (
-    'errors cpu config configs presets settings '
+    'errors startup config configs presets settings '
     'types transforms distributions returns normalization',
     'images spaces metrics replay envs',
     'losses nets',
@@ -31,7 +31,7 @@ LAYERS = (
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 HOST = LAYERS[1].split()
-WITHOUT_JAX = [*HOST, 'errors', 'config', 'configs', 'presets', 'settings', 'cpu', 'cli']
+WITHOUT_JAX = [*HOST, 'errors', 'config', 'configs', 'presets', 'settings', 'startup', 'cli']
 JAX_PACKAGES = {'jax', 'jaxlib', 'flax', 'optax', 'chex', 'orbax'}
 
 

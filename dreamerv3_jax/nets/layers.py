@@ -286,8 +286,7 @@ class Conv(nn.Module):
         kernel = jnp.einsum('abio,apmx,bqny->xypqimno', self.kernel, fold, fold)
         kernel = kernel.reshape(3, 3, 4 * self.inputs, 4 * self.features)
         x = self._convolve(space_to_depth(x.astype(self.dtype)), kernel.astype(self.dtype))
-        phases = x.reshape(*x.shape[:-1], 4, self.features)
-        return self._add_bias(_max_of_four([phases[..., index, :] for index in range(4)]))
+        return self._add_bias(_max_of_four(jnp.split(x, 4, -1)))
 
     def upsampled(self, x: Array) -> Array:
         """`conv(nearest_upsample(x))`: [N, H, W, inputs] -> [N, 2H, 2W, features]."""

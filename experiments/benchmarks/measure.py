@@ -1,0 +1,377 @@
+"""Measures speed and memory on this machine; writes results.json and results.md beside this file.
+
+python experiments/benchmarks/measure.py [CASE ...] [--runs=15] [--output=FOLDER]
+python experiments/benchmarks/measure.py [CASE ...] --compare
+
+Every case runs in a process of its own, beside nothing else, please: all cores are used. A figure
+is the median of its runs with the least and the greatest in brackets. The machine's peak is that of
+a float32 matrix product of 2048 cubed in the same process, so that shares of it can be compared
+between machines. Without cases, all of them are measured.
+
+--compare writes nothing. It measures, compares with the committed results relative to the peak of
+each run, and fails when a median is more than 15% slower.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[2]
+UPDATES = tuple(
+    f'update {size} {kind}'
+    for size in ('size1m', 'size12m')
+    for kind in ('vectors', 'images 64x64x3', 'images 96x96x3')
+)
+POLICIES = tuple(
+    f'policy size1m {kind} {count}' for kind in ('vectors', 'images 64x64x3') for count in (1, 16)
+)
+CASES = (
+    *UPDATES,
+    *POLICIES,
+    'replay vectors',
+    'replay images 64x64x3',
+    'loop size1m vectors',
+    'start cold',
+    'start warm',
+)
+
+
+def processor() -> str:
+    """Name of the CPU, as far as the system tells."""
+    sys.path.append(str(ROOT))
+    from experiments import curves
+
+    return curves.processor()
+
+
+def spaces(kind: str) -> tuple[Any, Any]:
+    """The walker of the DeepMind Control Suite, or images with Crafter's 17 actions."""
+    import gymnasium
+    import numpy as np
+
+    box = gymnasium.spaces.Box
+    if kind == 'vectors':
+        parts = {'height': (1,), 'orientations': (14,), 'velocity': (9,)}
+        observation = {name: box(-np.inf, np.inf, shape) for name, shape in parts.items()}
+        return gymnasium.spaces.Dict(observation), box(-1, 1, (6,))
+    shape = tuple(map(int, kind.split()[1].split('x')))
+    return box(0, 255, shape, np.uint8), gymnasium.spaces.Discrete(17)
+
+
+def make_agent(size: str, kind: str) -> Any:
+    """The agent for these spaces."""
+    from dreamerv3_jax import Agent, load_config
+
+    return Agent.from_spaces(*spaces(kind), load_config(f'gymnasium:{size}').agent)
+
+
+def random_arrays(specs: Any, leading: tuple[int, ...], rng: Any) -> dict[str, Any]:
+    """Random arrays of the given specs with these leading axes."""
+    import numpy as np
+
+    result: dict[str, Any] = {}
+    for name, spec in specs.items():
+        shape = (*leading, *spec.shape)
+        if spec.kind == 'image':
+            result[name] = rng.integers(0, 256, shape, np.uint8)
+        elif spec.kind == 'discrete':
+            result[name] = rng.integers(0, spec.classes, shape).astype(np.int32)
+        else:
+            result[name] = rng.standard_normal(shape, np.float32)
+    return result
+
+
+def times_of(function: Callable[[], Any], runs: int, repeat: int = 1) -> list[float]:
+    """Seconds per call over `runs`, each the mean of `repeat` calls, after two that warm up."""
+    function()
+    function()
+    result = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        for _ in range(repeat):
+            function()
+        result.append((time.perf_counter() - start) / repeat)
+    return result
+
+
+def measured_peak() -> float:
+    """GFLOP/s of a float32 matrix product of 2048 cubed."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((2048, 2048))
+    product = jax.jit(lambda x: x @ x)
+    return 2 * 2048**3 / min(times_of(lambda: product(x).block_until_ready(), 10)) / 1e9
+
+
+def measure_update(size: str, kind: str, runs: int) -> dict[str, Any]:
+    import flops
+    import jax
+    import numpy as np
+
+    from dreamerv3_jax import update
+
+    agent, rng = make_agent(size, kind), np.random.default_rng(0)
+    batch = agent.blank_batch(16, 64)
+    batch = batch._replace(
+        observation=random_arrays(agent.observation_specs, (16, 65), rng),
+        action=random_arrays(agent.action_specs, (16, 65), rng),
+        reward=rng.standard_normal((16, 65), np.float32),
+    )
+    state = agent.init(seed=0)
+    operations = flops.count(
+        lambda state, batch: update.update(
+            state,
+            batch,
+            networks=agent.networks,
+            optimizer=agent._optimizer,
+            observation_specs=agent.observation_specs,
+            action_specs=agent.action_specs,
+            config=agent.config,
+        ),
+        state,
+        batch,
+    )
+
+    def run() -> None:
+        nonlocal state
+        state, *_ = jax.block_until_ready(agent.update(state, batch))
+
+    return {'seconds': times_of(run, runs), 'gflop': operations / 1e9}
+
+
+def measure_policy(size: str, kind: str, count: int, runs: int) -> dict[str, Any]:
+    import jax
+    import numpy as np
+
+    agent, rng = make_agent(size, kind), np.random.default_rng(0)
+    params, state = agent.init(seed=0).params, agent.initial_policy_state(count)
+    observation = random_arrays(agent.observation_specs, (count,), rng)
+    step = 0
+
+    def run() -> None:
+        nonlocal state, step
+        state, actions, latent = agent.policy(
+            params, state, observation, np.zeros(count, bool), seed=(0, step)
+        )
+        jax.device_get((actions, latent))
+        step += 1
+
+    return {'seconds': times_of(run, runs, repeat=200)}
+
+
+def measure_replay(kind: str, runs: int) -> dict[str, Any]:
+    import numpy as np
+
+    from dreamerv3_jax.loop import replay_specs
+    from dreamerv3_jax.replay import Replay
+
+    agent, streams = make_agent('size1m', kind), 16
+    specs = replay_specs(agent)
+    replay = Replay(
+        specs,
+        capacity=100_000,
+        streams=streams,
+        batch_size=16,
+        batch_length=64,
+        online=True,
+        seed=0,
+    )
+    rng = np.random.default_rng(0)
+    step = {
+        name: rng.integers(0, 256, (streams, *shape), np.uint8).astype(dtype)
+        for name, (shape, dtype) in specs.items()
+    }
+    step |= {name: np.zeros(streams, bool) for name in ('is_first', 'is_last', 'is_terminal')}
+    for _ in range(100_000 // streams):
+        replay.add(step)
+    return {
+        'insert seconds': times_of(lambda: replay.add(step), runs, repeat=100),
+        'sample seconds': times_of(replay.sample, runs, repeat=20),
+    }
+
+
+def free_environment() -> Any:
+    """An environment with the walker's spaces whose steps take no time."""
+    import gymnasium
+
+    class Free(gymnasium.Env):
+        observation_space, action_space = spaces('vectors')
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self._observation, self._steps = self.observation_space.sample(), 0
+            return self._observation, {}
+
+        def step(self, action: Any) -> Any:
+            self._steps += 1
+            return self._observation, 1.0, False, self._steps == 500, {}
+
+    return Free()
+
+
+def measure_loop(size: str, runs: int) -> dict[str, Any]:
+    from dreamerv3_jax import load_config, loop
+
+    config = load_config(f'gymnasium:{size}')
+    config.env.update(id='measure:free_environment', num_envs=16, vectorization='sync')
+    config.replay.update(capacity=20_000, train_ratio=64.0)  # one update for each tick
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        loop.Trainer(config, pathlib.Path(folder), 'measure') as trainer,
+    ):
+        while trainer.counters['updates'] < 5:
+            trainer.tick()
+        trainer._timer.restart()
+        seconds = times_of(trainer.tick, runs)
+        shares = trainer._timer.shares()
+    return {'seconds': seconds, 'steps': config.env.num_envs, 'update share': shares['update']}
+
+
+def measure_start(cache: str, runs: int) -> dict[str, Any]:
+    """Seconds of a whole run of one update, with an empty or a filled compilation cache."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(min(runs, 3) + (cache == 'warm')):
+            home = folder if cache == 'warm' else f'{folder}/{index}'
+            start = time.perf_counter()
+            command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=gymnasium:size1m']
+            command += ['--config.env.id=Pendulum-v1', f'--config.logdir={folder}/run{index}']
+            command += ['--config.run.steps=300', '--config.replay.train_ratio=1']
+            command += ['--config.replay.capacity=10000']
+            environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': f'{home}/cache'}
+            environment['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
+    return {'seconds': seconds[cache == 'warm' :]}
+
+
+def measure(case: str, runs: int) -> dict[str, Any]:
+    """Measures one case in this process."""
+    from dreamerv3_jax import startup
+
+    startup.tune_cpu()
+    what, *rest = case.split()
+    if what == 'update':
+        result = measure_update(rest[0], ' '.join(rest[1:]), runs)
+    elif what == 'policy':
+        result = measure_policy(rest[0], ' '.join(rest[1:-1]), int(rest[-1]), runs)
+    elif what == 'replay':
+        result = measure_replay(' '.join(rest), runs)
+    elif what == 'loop':
+        result = measure_loop(rest[0], runs)
+    else:
+        return measure_start(rest[0], runs)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**result, 'peak gigabytes': memory, 'machine gflops': measured_peak()}
+
+
+FIGURES = ('seconds', 'insert seconds', 'sample seconds')
+
+
+def median(values: list[float]) -> float:
+    """The middle of the sorted values."""
+    return sorted(values)[len(values) // 2]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown of all results."""
+    lines = [
+        f'Measured on {results["date"]} with {results["machine"]}, Python {results["python"]}, '
+        f'jax {results["jax"]}: `python experiments/benchmarks/measure.py`.',
+        '',
+        '| what | median (least - greatest) | GFLOP | share of peak | peak memory |',
+        '|---|---|---|---|---|',
+    ]
+    for case, result in results['cases'].items():
+        for name in FIGURES:
+            if name not in result:
+                continue
+            values, what = result[name], f'{case} {name}'.removesuffix(' seconds')
+            unit, scale = ('ms', 1e3) if median(values) < 0.1 else ('s', 1.0)
+            middle, least, most = (
+                f'{scale * value:.3g}' for value in (median(values), min(values), max(values))
+            )
+            cells = [what, f'{middle} {unit} ({least} - {most})', '', '', '']
+            if 'gflop' in result:
+                cells[2] = f'{result["gflop"]:.1f}'
+                cells[3] = f'{result["gflop"] / median(values) / result["machine gflops"]:.0%}'
+            if 'steps' in result:
+                cells[0] += f', {result["steps"] / median(values):.0f} steps/s'
+                cells[0] += f', {result["update share"]:.1%} of the time in updates'
+            if 'peak gigabytes' in result:
+                cells[4] = f'{result["peak gigabytes"]:.2f} GB'
+            lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def relative(result: dict[str, Any], name: str) -> float:
+    """Median in units of what the machine computes in a second, where it was measured."""
+    return median(result[name]) * result.get('machine gflops', 1.0)
+
+
+def compare(cases: dict[str, Any], baseline: dict[str, Any]) -> bool:
+    """Prints ratios to the baseline, and returns whether none is above 1.15."""
+    good = True
+    for case, result in cases.items():
+        for name in FIGURES:
+            if name in result and case in baseline['cases']:
+                ratio = relative(result, name) / relative(baseline['cases'][case], name)
+                good &= ratio <= 1.15
+                note = '' if ratio <= 1.15 else '  slower'
+                print(f'{ratio:6.2f} times the time of the baseline: {case} {name}{note}')
+    return good
+
+
+def in_process(case: str, runs: int) -> dict[str, Any]:
+    """Measures one case in a process of its own."""
+    command = [sys.executable, __file__, case, f'--runs={runs}', '--here']
+    path = os.pathsep.join([str(ROOT), str(pathlib.Path(__file__).parent)])
+    environment = {**os.environ, 'PYTHONPATH': path}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument('cases', nargs='*', choices=[*CASES, []], default=CASES, metavar='CASE')
+    parser.add_argument('--runs', type=int, default=15)
+    parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    parser.add_argument('--compare', action='store_true')
+    parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        print(json.dumps(measure(options.cases[0], options.runs)))
+        return
+    cases = {}
+    for case in options.cases:
+        print(f'{case} ...', flush=True)
+        cases[case] = in_process(case, options.runs)
+    if options.compare:
+        baseline = json.loads((pathlib.Path(__file__).parent / 'results.json').read_text())
+        sys.exit(not compare(cases, baseline))
+    results = {
+        'date': time.strftime('%Y-%m-%d'),
+        'machine': f'{processor()}, {os.cpu_count()} cores',
+        'python': platform.python_version(),
+        'jax': importlib.metadata.version('jax'),
+        'cases': cases,
+    }
+    (options.output / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+    (options.output / 'results.md').write_text(table(results))
+    print(table(results))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,57 @@
+"""What happens before jax is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dreamerv3_jax import startup
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    return monkeypatch
+
+
+def kept_in():
+    startup.keep_compiled_programs()
+    return os.environ.get('JAX_COMPILATION_CACHE_DIR')
+
+
+def test_programs_are_kept_by_instruction_set(environment, tmp_path):
+    folder = Path(kept_in())
+    assert folder.parent == tmp_path / 'dreamerv3_jax' and folder.is_dir()
+    environment.delenv('JAX_COMPILATION_CACHE_DIR')
+    environment.setattr(startup, '_instruction_set', lambda: 'another machine')
+    assert Path(kept_in()) != folder
+
+
+def test_the_environment_decides(environment):
+    environment.setenv('JAX_COMPILATION_CACHE_DIR', '/elsewhere')
+    assert kept_in() == '/elsewhere'
+
+
+def test_without_a_place_nothing_is_kept(environment, tmp_path):
+    (tmp_path / 'file').touch()
+    environment.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    assert kept_in() is None
+
+
+def test_jax_keeps_and_finds_its_programs(environment, tmp_path):
+    code = (
+        'from dreamerv3_jax import startup\n'
+        'startup.prepare()\n'
+        'import jax, jax.numpy as jnp\n'
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        'print(jax.jit(lambda x: jnp.sin(x) + 1)(0.0))\n'
+    )
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=True
+        )
+        assert result.stdout == '1.0\n' and result.stderr == ''
+        assert len([*tmp_path.rglob('*-cache')]) == 1  # written once, found the second time
