@@ -56,7 +56,7 @@ def config(**changes: Any) -> ml_collections.ConfigDict:
             'mesh.data': 1,
             'agent.deter': 32,
             'agent.hidden': 16,
-            'agent.stoch': 4,
+            'agent.stoch': 12,
             'agent.classes': 4,
             'agent.blocks': 4,
             'agent.units': 16,

@@ -194,14 +194,15 @@ def test_the_corridor_is_learned(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(loop, 'Agent', corridor.agent)
     with loop.Trainer(corridor.config(), tmp_path, 'corridor') as trainer:
         returns = returns_of(trainer)
-        for _ in range(900):
+        for _ in range(1200):
             trainer.tick()
-            if len(returns) > 100 and np.mean(returns[-30:]) > 4.6:
+            if len(returns) > 100 and np.mean(returns[-60:]) > 4.6:
                 break
         assert np.mean(returns[:40]) < 1.5
-        assert np.mean(returns[-30:]) > 4.6, np.mean(returns[-30:])
+        assert np.mean(returns[-60:]) > 4.6, np.mean(returns[-60:])
         trainer.save()
     monkeypatch.setattr(evaluation, 'Agent', corridor.agent)
     # In some episodes of a good policy a latent is drawn from the 1% of the uniform distribution.
-    result = evaluation.evaluate(tmp_path, episodes=40)
-    assert result['mean'] > 4.5 and result['lengths'].count(LENGTH) >= 30
+    # Policies of several seeds had means from 4.5 to 4.9.
+    result = evaluation.evaluate(tmp_path, episodes=100)
+    assert result['mean'] > 4.4 and result['lengths'].count(LENGTH) >= 80
