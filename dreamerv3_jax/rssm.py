@@ -150,10 +150,10 @@ def _scan_backward(step: Callable, residuals: tuple, gradients: tuple) -> tuple[
     backward, params, before, inputs = residuals
     start_gradient, inputs_gradient, state_gradients = backward(gradients)
     # Sequences first: they may be sharded, and only a first axis can be merged with another then.
-    rows = functools.partial(jax.tree.map, lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))
-    before, inputs = rows(before), rows(inputs)
+    merge = functools.partial(jax.tree.map, lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))
+    before, inputs = merge(before), merge(inputs)
     _, batched = jax.vjp(lambda params: step(params, before, inputs), params)
-    (params_gradient,) = batched(rows((state_gradients, gradients[1])))
+    (params_gradient,) = batched(merge((state_gradients, gradients[1])))
     return params_gradient, start_gradient, inputs_gradient
 
 

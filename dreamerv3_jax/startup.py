@@ -45,7 +45,9 @@ def keep_compiled_programs() -> None:
     # A home folder may be shared by machines that do not understand each other's programs.
     machine = hashlib.sha256(_instruction_set().encode()).hexdigest()[:8]
     with contextlib.suppress(OSError, RuntimeError):  # no home, or none to write to
-        home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+        home = Path(os.environ.get('XDG_CACHE_HOME', ''))
+        if not home.is_absolute():
+            home = Path.home() / '.cache'
         folder = home / 'dreamerv3_jax' / machine
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -60,21 +62,17 @@ def _instruction_set() -> str:
     return platform.machine()
 
 
-def tune_cpu() -> bool:
+def tune_cpu() -> None:
     """Tunes memory allocation and XLA on a machine without accelerator, before jax is imported.
 
     Leaves alone what the environment variables `MALLOC_*`, `GLIBC_TUNABLES` or `XLA_FLAGS` decide.
-
-    Returns:
-      Whether the machine was taken for one without accelerator.
     """
     if not _only_cpu():
-        return False
+        return
     if not any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
         _tune_malloc()
     if importlib.metadata.version('jaxlib') == _TUNED_RELEASE:
         os.environ.setdefault('XLA_FLAGS', _FLAGS)
-    return True
 
 
 def _only_cpu() -> bool:

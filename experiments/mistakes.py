@@ -33,6 +33,11 @@ MISTAKES = (
         'reward[:, :-1], continue_[:, 1:], value[:, 1:]', 'test_returns.py',
     ),
     Mistake(
+        'gradient of the norm left out', 'nets/layers.py',
+        'z_gradient * scale[None] - y * along_y', 'z_gradient * scale[None] - 0.0 * along_y',
+        'test_layers.py',
+    ),
+    Mistake(
         'action paired with the wrong step', 'world_model.py',
         'lambda x: x[:, :-1], batch.action', 'lambda x: x[:, 1:], batch.action',
         'test_total_loss.py',

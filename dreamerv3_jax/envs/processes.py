@@ -23,8 +23,9 @@ from dreamerv3_jax.spaces import ArraySpec
 
 _SHUTDOWN_SECONDS = 5.0
 
-# Workers leave the accelerator, and the other workers' cores, alone.
+# Workers leave the accelerator, the other workers' cores and the trainer's kept programs alone.
 _WORKER_VARIABLES = {
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'JAX_PLATFORMS': 'cpu',
     'MKL_NUM_THREADS': '1',
     'OMP_NUM_THREADS': '1',

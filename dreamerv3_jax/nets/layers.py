@@ -61,9 +61,9 @@ class Linear(nn.Module):
 
     def setup(self) -> None:
         """Creates the parameters `kernel` and `bias`."""
-        rows = sum(self.inputs)
+        inputs = sum(self.inputs)
         self.kernel = self.param(
-            'kernel', truncated_normal(rows, self.scale), (rows, self.features)
+            'kernel', truncated_normal(inputs, self.scale), (inputs, self.features)
         )
         self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
 
@@ -213,7 +213,7 @@ class Hidden(nn.Module):
     def setup(self) -> None:
         """Creates the layers `linear` and `norm`."""
         self.linear = Linear(self.inputs, self.features, dtype=self.dtype)
-        self.norm = RMSNorm(self.features, self.dtype)
+        self.norm = RMSNorm(self.features)
 
     def part(self, index: int, x: Array) -> Array:
         """Contribution of input `index` to the linear layer, for one known ahead of the rest."""

@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of a function: a multiply-add is two, loops are unrolled."""
+"""Counts the floating-point operations of a function: a multiply-add is two, scans are unrolled."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +14,9 @@ def count(function: Callable, *arguments: Any) -> int:
     Args:
       function: to be traced.
       arguments: arrays, or `jax.ShapeDtypeStruct`s of their shapes.
+
+    Raises:
+      ValueError: products in a loop of unknown length, or in a branch.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -26,8 +29,10 @@ def _count(jaxpr: core.Jaxpr) -> int:
         elif equation.primitive.name == 'conv_general_dilated':
             total += _convolution(equation)
         else:
-            times = equation.params['length'] if equation.primitive.name == 'scan' else 1
-            total += times * sum(map(_count, _inner(equation.params.values())))
+            inside = sum(map(_count, _inner(equation.params.values())))
+            if inside and equation.primitive.name in ('while', 'cond'):
+                raise ValueError(f'How often the products in a {equation.primitive.name} run?')
+            total += inside * equation.params.get('length', 1)
     return total
 
 
