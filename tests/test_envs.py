@@ -10,7 +10,6 @@ import ml_collections
 import numpy as np
 import pytest
 import toy_envs
-from gymnasium.utils.env_checker import check_env
 
 from dreamerv3_jax import envs
 from dreamerv3_jax.envs import processes, registry
@@ -487,40 +486,3 @@ def test_missing_package_of_gymnasium(monkeypatch):
 def test_older_versions_are_made_without_a_warning():
     with make('CartPole-v0') as env:  # warnings are errors
         assert list(env.observation_specs) == ['observation']
-
-
-# The environment that comes with the package.
-
-
-@pytest.mark.parametrize(
-    ('ball', 'moves', 'reward'), [(6, 'RR', 1), (6, 'R', -1), (0, 'LLLLLL', 1)]
-)
-def test_catch_by_hand(ball, moves, reward):
-    """The paddle starts in column 4 of 8, and stops at the walls."""
-    env = gymnasium.make('Catch-v0').unwrapped
-    env.reset(seed=next(seed for seed in range(100) if env.reset(seed=seed)[0][1] == ball))
-    for step, move in enumerate(moves.ljust(7, '-')):
-        (row, column, paddle), paid, ended, truncated, _ = env.step('L-R'.index(move))
-        assert (row, column) == (step + 1, ball) and not truncated
-        assert ended == (step == 6) and paid == (reward if ended else 0)
-    assert paddle == 4 + moves.count('R') - min(moves.count('L'), 4)
-
-
-def test_catch_follows_the_rules_of_gymnasium():
-    env = gymnasium.make('Catch-v0', render_mode='rgb_array')
-    check_env(env.unwrapped, skip_render_check=True)
-    row, ball, paddle = env.reset(seed=0)[0]
-    picture = env.render()
-    assert picture.shape == (192, 192, 3) and picture.dtype == np.uint8
-    drawn = np.argwhere((picture[::24, ::24] != 24).any(-1))
-    np.testing.assert_array_equal(drawn, [[row, ball], [7, paddle]])
-    assert gymnasium.make('Catch-v0').unwrapped.render() is None
-
-
-def test_catch_is_missed_by_chance():
-    with make('Catch-v0', num_envs=64) as env:
-        env.reset()
-        rng = np.random.default_rng(0)
-        rewards = [env.step(draw(rng, 64))[0].reward for _ in range(8 * 50)]
-    # Each of 8 columns as likely, the paddle most often near the middle: mean return -0.74.
-    assert -0.8 < 8 * np.mean(rewards) < -0.68

@@ -40,9 +40,6 @@ SUITES = {
     'dmc': Suite('dreamerv3_jax.envs.dmc', 'dm_control', 'dmc'),
 }
 
-gymnasium.register('Catch-v0', 'dreamerv3_jax.envs.catch:Catch', reward_threshold=0.9)
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All that is needed to build the environments; picklable, so that a worker process can."""
