@@ -40,6 +40,7 @@ SUITES = {
     'dmc': Suite('dreamerv3_jax.envs.dmc', 'dm_control', 'dmc'),
 }
 
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All that is needed to build the environments; picklable, so that a worker process can."""
