@@ -1,0 +1,92 @@
+"""The benchmarks count, compare and write what they should."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+FOLDER = Path(__file__).parent.parent / 'experiments' / 'benchmarks'
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+def count(function, *shapes):
+    import flops
+
+    return flops.count(function, *(jnp.ones(shape) for shape in shapes))
+
+
+def test_products_by_hand():
+    # 2 * 4 sums of 3 multiply-adds.
+    assert count(jnp.matmul, (2, 3), (3, 4)) == 2 * 2 * 4 * 3
+    assert count(jnp.matmul, (5, 2, 3), (5, 3, 4)) == 5 * 2 * 2 * 4 * 3
+    assert count(jnp.add, (2, 3), (2, 3)) == 0
+    # Backwards there are two more products of the same size.
+    square = jax.grad(lambda x, y: jnp.square(x @ y).sum(), argnums=(0, 1))
+    assert count(square, (2, 3), (3, 4)) == 3 * 2 * 2 * 4 * 3
+
+
+def test_convolutions_by_hand():
+    def convolve(groups):
+        return lambda x, kernel: jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            feature_group_count=groups,
+        )  # fmt: skip
+
+    # 7 images of 4 x 4 pixels with 6 features, each a sum of 25 * 3 multiply-adds.
+    assert count(convolve(1), (7, 4, 4, 3), (5, 5, 3, 6)) == 2 * 7 * 16 * 6 * 25 * 3
+    assert count(convolve(3), (7, 4, 4, 3), (5, 5, 1, 6)) == 2 * 7 * 16 * 6 * 25
+
+
+def test_scans_are_unrolled_and_unknown_lengths_refused():
+    def scanned(x, y):
+        return jax.lax.scan(lambda carry, _: (carry @ y, None), x, length=5)[0]
+
+    def loop(x, y):
+        return jax.lax.while_loop(lambda carry: carry[0, 0] < 9, lambda carry: carry @ y, x)
+
+    assert count(scanned, (3, 3), (3, 3)) == 5 * 2 * 27
+    assert count(jax.jit(scanned), (3, 3), (3, 3)) == 5 * 2 * 27
+    with pytest.raises(ValueError, match='products in a while'):
+        count(loop, (3, 3), (3, 3))
+
+
+def test_only_updates_and_the_loop_are_judged_relative_to_the_machine():
+    import measure
+
+    before = {'seconds': [1.0, 1.0, 1.0], 'machine gflops': 100.0}
+    slower, slower_machine = {**before, 'seconds': [1.2] * 3}, {**before, 'machine gflops': 80.0}
+    for case, result, good in (
+        ('update', before, True),
+        ('update', slower, False),
+        ('update', slower | slower_machine | {'seconds': [1.2] * 3}, True),
+        ('policy', slower, True),
+    ):
+        assert measure.compare({case: result}, {'cases': {case: before}}) == good
+
+
+@pytest.mark.medium
+def test_a_case_is_measured_and_written(tmp_path):
+    command = [sys.executable, str(FOLDER / 'measure.py'), 'policy size1m vectors 1', '--runs=2']
+    result = subprocess.run(
+        [*command, f'--output={tmp_path}'], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    (case,) = json.loads((tmp_path / 'results.json').read_text())['cases'].values()
+    assert len(case['seconds']) == 2 and case['peak gigabytes'] > 0.1
+    assert '| policy size1m vectors 1 |' in (tmp_path / 'results.md').read_text()
+
+
+@pytest.mark.parametrize('arguments', [['updat'], ['start cold']])
+def test_what_cannot_be_measured_is_refused_first(arguments):
+    command = [sys.executable, str(FOLDER / 'measure.py'), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode and ('invalid choice' in result.stderr or '--output' in result.stderr)
+    assert 'Traceback' not in result.stderr
