@@ -97,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 2 after a mistake that was answered with one sentence, 130 after Ctrl-C.
+
+    Raises:
+      SystemExit: with code 143, after SIGTERM; the run was saved.
     """
     try:
         _run(list(sys.argv[1:] if argv is None else argv))

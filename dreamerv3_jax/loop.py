@@ -123,7 +123,12 @@ class Trainer:
         self._env.close()
 
     def run(self) -> None:
-        """Ticks until the run is complete or Ctrl-C; saves at intervals and at the end."""
+        """Ticks until the run is complete; saves at intervals and at the end.
+
+        Raises:
+          KeyboardInterrupt: after Ctrl-C, once the run is saved.
+          SystemExit: likewise with code 143, after SIGTERM, which machines send before they go.
+        """
         run = self._config.run
         if self.counters['frames'] >= run.steps:
             self._progress.message(
@@ -155,7 +160,7 @@ class Trainer:
             self.save()
         self._progress.close()
         if self._interrupts:
-            raise KeyboardInterrupt
+            raise _interruption(self._interrupts[0])
         print(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
 
     def tick(self) -> None:
@@ -286,11 +291,11 @@ class Trainer:
 
 @contextlib.contextmanager
 def _collect_interrupts(received: list[int], progress: ProgressLine) -> Iterator[None]:
-    """Collects Ctrl-C instead of raising it amid an update; a second one raises at once."""
+    """Collects Ctrl-C and SIGTERM instead of raising amid an update; the second raises at once."""
 
     def receive(number: int, frame: types.FrameType | None) -> None:
         if received:
-            signal.default_int_handler(number, frame)
+            raise _interruption(number)
         received.append(number)
         with contextlib.suppress(RuntimeError):  # the signal came amid another line
             progress.message('Stopping after this update, to save a checkpoint ...')
@@ -298,11 +303,16 @@ def _collect_interrupts(received: list[int], progress: ProgressLine) -> Iterator
     if threading.current_thread() is not threading.main_thread():  # cannot handle signals
         yield
         return
-    before = signal.signal(signal.SIGINT, receive)
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interruption(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _list_specs(specs: Mapping[str, ArraySpec]) -> str:

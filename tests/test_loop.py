@@ -434,7 +434,7 @@ def test_failing_environment(tmp_path):
         tiny_runs.ticked(config, tmp_path, 9)
 
 
-# Ctrl-C.
+# Ctrl-C, and SIGTERM before a machine is taken away.
 
 
 def flags(config, prefix='config'):
@@ -446,7 +446,8 @@ def flags(config, prefix='config'):
 
 
 @pytest.mark.medium
-def test_interruption(tmp_path, compiled):
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption(number, code, tmp_path, compiled):
     """A real process, a real signal: it stops at once, and the same command goes on from there."""
     folder = tmp_path / 'run'
     config = counter_config(run__steps=1_000_000, logdir=str(folder))
@@ -466,11 +467,11 @@ def test_interruption(tmp_path, compiled):
     try:
         wait_for(lambda: (folder / 'metrics.jsonl').exists(), process)
         wait_for(lambda: '"train/' in (folder / 'metrics.jsonl').read_text(), process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, out + err
+    assert process.returncode == code, out + err
     assert err == ''
     assert 'Stopping after this update, to save a checkpoint' in out
     updates = tiny_runs.read_metrics(folder)[-1]['count/updates']
