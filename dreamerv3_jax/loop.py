@@ -70,7 +70,7 @@ class Trainer:
         directory = logdir / 'replay' if config.replay.on_disk else None
         check_memory(specs, config.replay.capacity, directory)
         sharding.batch_sharding(mesh, config.replay.batch_size)
-        run_folder.create(logdir, config)
+        self._lock = run_folder.create(logdir, config)
         self._replay = Replay(
             specs,
             capacity=config.replay.capacity,
@@ -121,6 +121,7 @@ class Trainer:
         self._writer.close()
         self._checkpointer.close()
         self._env.close()
+        self._lock.close()
 
     def run(self) -> None:
         """Ticks until the run is complete; saves at intervals and at the end.

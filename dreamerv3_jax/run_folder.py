@@ -1,6 +1,8 @@
 """The folder of a run: its settings, and whether another start may use it."""
 
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,60 @@ from dreamerv3_jax.errors import UserError
 MAY_CHANGE = ('logdir', 'mesh.', 'run.')  # settings that a later start may change
 
 
-def create(logdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes the folder and writes its settings, `config.json`.
+class Lock:
+    """Keeps other processes out of a run, until it is closed or this process ends in any way."""
+
+    def __init__(self, logdir: Path) -> None:
+        """Takes the lock of an existing folder.
+
+        Raises:
+          UserError: another process has it.
+          OSError: the folder cannot be written to.
+        """
+        self._file: int | None = None
+        self._file = os.open(logdir / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(self._file, 200).decode(errors='replace') or 'another process'
+            raise UserError(
+                f'{logdir} is in use by {owner}; stop it, or choose another folder with '
+                '--config.logdir.'
+            ) from error
+        except (ImportError, OSError):
+            return  # Windows, and some network disks, have no such locks
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f'process {os.getpid()} of {platform.node()}'.encode(), 0)
+
+    def close(self) -> None:
+        """Lets others in."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    __del__ = close
+
+
+def create(logdir: Path, config: ml_collections.ConfigDict) -> Lock:
+    """Makes the folder, locks it, and writes its settings, `config.json`.
+
+    Returns:
+      The lock.
 
     Raises:
-      UserError: the folder cannot be written to, or a setting cannot be written down.
+      UserError: the folder cannot be written to, a setting cannot be written down, or another
+        process holds the lock.
     """
     try:
         text = json.dumps(config.to_dict(), indent=2)
         logdir.mkdir(parents=True, exist_ok=True)
+        lock = Lock(logdir)
         draft = logdir / 'config.json.draft'
         draft.write_text(text + '\n')
         draft.replace(logdir / 'config.json')  # there is no moment without a complete file
+        return lock
     except TypeError as error:
         raise UserError(
             f'config.env.kwargs takes numbers, text, lists and dictionaries only: {error}.'

@@ -369,6 +369,30 @@ def test_other_settings_are_refused(tmp_path):
     run_folder.check(tmp_path, counter_config(run__steps=50, mesh__fsdp=2, logdir='x'))
 
 
+def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
+    code = (
+        'import pathlib, sys, time\n'
+        'from dreamerv3_jax import run_folder\n'
+        'lock = run_folder.Lock(pathlib.Path(sys.argv[1]))\n'
+        'print("locked", flush=True)\n'
+        'time.sleep(60)\n'
+    )
+    config = counter_config()
+    with subprocess.Popen(
+        [sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == 'locked\n'
+        with pytest.raises(UserError, match=f'is in use by process {other.pid} of .*; stop it, or'):
+            loop.train(config, tmp_path, 'tiny')
+        assert [path.name for path in tmp_path.iterdir()] == ['lock']
+        other.kill()
+    lock = run_folder.create(tmp_path, config)
+    with pytest.raises(UserError, match=f'in use by process {os.getpid()} of'):
+        run_folder.Lock(tmp_path)
+    lock.close()
+    run_folder.Lock(tmp_path)
+
+
 def test_settings_survive(tmp_path):
     config = counter_config(env__kwargs={'sizes': (1, 2), 'names': {'a': None}})
     run_folder.create(tmp_path, config)
