@@ -145,7 +145,13 @@ class Trainer:
         logged = saved = time.monotonic()
         with _collect_interrupts(self._interrupts, self._progress):
             while self.counters['frames'] < run.steps and not self._interrupts:
-                self.tick()
+                try:
+                    self.tick()
+                except UserError:
+                    time.sleep(0.5)  # SIGTERM to all processes may reach the environments' first
+                    if not self._interrupts:
+                        raise
+                    break
                 now = time.monotonic()
                 self._progress.update(
                     self.counters['frames'], self.counters['updates'], self._timer.shares()

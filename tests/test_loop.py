@@ -470,11 +470,16 @@ def flags(config, prefix='config'):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption(number, code, tmp_path, compiled):
+@pytest.mark.parametrize(
+    ('number', 'code', 'vectorization'),
+    [(signal.SIGINT, 130, 'sync'), (signal.SIGTERM, 143, 'async')],
+)
+def test_interruption(number, code, vectorization, tmp_path, compiled):
     """A real process, a real signal: it stops at once, and the same command goes on from there."""
     folder = tmp_path / 'run'
-    config = counter_config(run__steps=1_000_000, logdir=str(folder))
+    config = counter_config(
+        run__steps=1_000_000, logdir=str(folder), env__vectorization=vectorization
+    )
     command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstart']
     variables = tiny_runs.quick_variables(compiled) | {
         'JAX_PLATFORMS': 'cpu',
@@ -487,11 +492,12 @@ def test_interruption(number, code, tmp_path, compiled):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         wait_for(lambda: (folder / 'metrics.jsonl').exists(), process)
         wait_for(lambda: '"train/' in (folder / 'metrics.jsonl').read_text(), process)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # the workers of the environments too
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -41,7 +41,7 @@ def corridor_batch():
         is_last=never,
         is_terminal=never,
         deter=np.zeros((8, 32), np.float32),
-        stoch=np.zeros((8, 4), np.uint8),
+        stoch=np.zeros((8, corridor.AGENT_CONFIG.stoch), np.uint8),
     )
 
 
@@ -109,7 +109,8 @@ def test_an_update_keeps_all_shapes_and_dtypes(updated):
         np.dtype('float32')
     }
     stored, metrics = updated[1][1]
-    assert stored.deter.shape == (8, 8, 32) and stored.stoch.shape == (8, 8, 4)
+    assert stored.deter.shape == (8, 8, 32)
+    assert stored.stoch.shape == (8, 8, corridor.AGENT_CONFIG.stoch)
     for name, value in metrics.items():
         assert value.shape == () and value.dtype == np.float32 and np.isfinite(value), name
 

@@ -132,8 +132,7 @@ class Processes(VectorEnvironment):
 
 def _work(connection: Connection, settings: Settings, index: int) -> None:
     """Runs one environment until told to close, or until the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     stream: Stream | None = None
     try:
         stream = open_stream(settings, index)
