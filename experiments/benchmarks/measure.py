@@ -373,12 +373,7 @@ def main() -> None:
         sys.exit(f'{committed} has no {", ".join(missing)} to compare with.')
     if options.cases and not options.compare and options.output == committed.parent:
         sys.exit('The committed results hold all cases; choose another folder with --output.')
-    cases = {}
-    for case in chosen:
-        print(f'{case} ...', flush=True)
-        cases[case] = in_process(case, options.runs)
-    if options.compare:
-        sys.exit(not compare(cases, baseline))
+    cases: dict[str, Any] = {}
     results = {
         'date': time.strftime('%Y-%m-%d'),
         'machine': f'{processor()}, {os.cpu_count()} cores',
@@ -386,8 +381,14 @@ def main() -> None:
         'jax': importlib.metadata.version('jax'),
         'cases': cases,
     }
-    (options.output / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-    (options.output / 'results.md').write_text(table(results))
+    for case in chosen:
+        print(f'{case} ...', flush=True)
+        cases[case] = in_process(case, options.runs)
+        if not options.compare:  # each time, so that an interruption loses one case only
+            (options.output / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+            (options.output / 'results.md').write_text(table(results))
+    if options.compare:
+        sys.exit(not compare(cases, baseline))
     print(table(results))
 
 
