@@ -59,6 +59,14 @@ class Agent:
         self.mesh = mesh or sharding.make_mesh(data=1)
         self.networks = make_networks(self.observation_specs, self.action_specs, self.config)
         self._optimizer = make_optimizer(self.config)
+        self._pure_update = functools.partial(
+            update.update,
+            networks=self.networks,
+            optimizer=self._optimizer,
+            observation_specs=self.observation_specs,
+            action_specs=self.action_specs,
+            config=self.config,
+        )
         self._compiled_update: Any = None
         act = functools.partial(
             policy.act, self.networks, action_specs=self.action_specs, config=self.config
@@ -159,19 +167,11 @@ class Agent:
         self._compile(self.blank_batch(batch_size, batch_length))
 
     def _compile(self, batch: Batch) -> None:
-        function = functools.partial(
-            update.update,
-            networks=self.networks,
-            optimizer=self._optimizer,
-            observation_specs=self.observation_specs,
-            action_specs=self.action_specs,
-            config=self.config,
-        )
         state = jax.eval_shape(lambda: self.init(0))
         state_sharding = sharding.state_sharding(self.mesh, state)
         self._batch_sharding = sharding.batch_sharding(self.mesh, batch.reward.shape[0])
         self._compiled_update = sharding.compile_for(
-            function,
+            self._pure_update,
             sharding.abstract(state, state_sharding),
             sharding.abstract(batch, self._batch_sharding),
             out_shardings=(state_sharding, self._batch_sharding, sharding.replicated(self.mesh)),

@@ -1,7 +1,7 @@
 """Learning curves of runs: keeps the part of their metrics that a curve needs, and draws it.
 
-python experiments/curves.py keep RUN_FOLDER experiments/learning/NAME.jsonl [--cores=2]
-python experiments/curves.py plot OUT.png 'TITLE' NAME.jsonl ... [--published=TASK] [--target=475]
+python -m experiments.curves keep RUN_FOLDER experiments/learning/NAME.jsonl [--cores=2]
+python -m experiments.curves plot OUT.png 'TITLE' NAME.jsonl ... [--published=TASK] [--target=475]
 
 `--published` lays the curve over the scores in experiments/learning/published.json: median, least
 and greatest of 5 seeds of the published runs for two DMC proprio tasks, one run of the published
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import time
 
 import matplotlib
@@ -23,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dreamerv3_jax.configs import base
+from experiments.machine import processor
 
 WIDTHS = ('deter', 'hidden', 'classes', 'depth', 'units')
 KEPT = ('step', 'time', 'episode/score', 'episode/length', 'count/updates', 'count/episodes')
@@ -50,15 +50,6 @@ def keep(run: pathlib.Path, output: pathlib.Path, cores: int) -> None:
             if row.get('episode/score') is not None:
                 kept = {name: row[name] for name in KEPT if name in row}
                 file.write(json.dumps(kept | {'seconds': round(row['time'] - start, 1)}) + '\n')
-
-
-def processor() -> str:
-    """Name of the CPU, as far as the system tells."""
-    try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def load(path: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:

@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-FOLDER = Path(__file__).parent.parent / 'experiments' / 'benchmarks'
+ROOT = Path(__file__).parent.parent
+MEASURE = [sys.executable, '-m', 'experiments.benchmarks.measure']
 
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.syspath_prepend(ROOT)
 
 
 def count(function, *shapes):
-    import flops
+    from experiments.benchmarks import flops
 
     return flops.count(function, *(jnp.ones(shape) for shape in shapes))
 
@@ -59,7 +60,7 @@ def test_scans_are_unrolled_and_unknown_lengths_refused():
 
 
 def test_only_updates_and_the_loop_are_judged_relative_to_the_machine():
-    import measure
+    from experiments.benchmarks import measure
 
     before = {'seconds': [1.0, 1.0, 1.0], 'machine gflops': 100.0}
     slower, slower_machine = {**before, 'seconds': [1.2] * 3}, {**before, 'machine gflops': 80.0}
@@ -74,9 +75,9 @@ def test_only_updates_and_the_loop_are_judged_relative_to_the_machine():
 
 @pytest.mark.medium
 def test_a_case_is_measured_and_written(tmp_path):
-    command = [sys.executable, str(FOLDER / 'measure.py'), 'policy size1m vectors 1', '--runs=2']
+    command = [*MEASURE, 'policy size1m vectors 1', '--runs=2', f'--output={tmp_path}']
     result = subprocess.run(
-        [*command, f'--output={tmp_path}'], capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
     (case,) = json.loads((tmp_path / 'results.json').read_text())['cases'].values()
@@ -86,7 +87,8 @@ def test_a_case_is_measured_and_written(tmp_path):
 
 @pytest.mark.parametrize('arguments', [['updat'], ['start cold']])
 def test_what_cannot_be_measured_is_refused_first(arguments):
-    command = [sys.executable, str(FOLDER / 'measure.py'), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [*MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode and ('invalid choice' in result.stderr or '--output' in result.stderr)
     assert 'Traceback' not in result.stderr

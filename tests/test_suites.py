@@ -60,6 +60,17 @@ def play(env, steps):
     return digest.hexdigest()
 
 
+def check_seeds(env_id, *, steps, **settings):
+    """The same seed plays the same, here and in a process; another one plays differently."""
+
+    def fingerprint(seed, vectorization='sync'):
+        with make(env_id, seed=seed, vectorization=vectorization, **settings) as env:
+            return play(env, steps)
+
+    assert fingerprint(1) == fingerprint(1) == fingerprint(1, 'async')
+    assert fingerprint(1) != fingerprint(2)
+
+
 class TestAtari:
     @pytest.fixture(autouse=True)
     def package(self):
@@ -173,14 +184,8 @@ class TestAtari:
             assert {5, 4, 3, 2, 1} <= set(lives)
 
     def test_seeds(self):
-        def fingerprint(seed, **changes):
-            # Without no-ops, only the emulator's own sticky actions are random.
-            kwargs = {'noops': 0}
-            with make('atari/pong', seed=seed, repeat=4, kwargs=kwargs, **changes) as env:
-                return play(env, 60)
-
-        assert fingerprint(1) == fingerprint(1) == fingerprint(1, vectorization='async')
-        assert fingerprint(1) != fingerprint(2)
+        # Without no-ops, only the emulator's own sticky actions are random.
+        check_seeds('atari/pong', steps=60, repeat=4, kwargs={'noops': 0})
 
     def test_render(self):
         with make('atari/pong', render=True) as env:
@@ -265,12 +270,7 @@ class TestControl:
         )
 
     def test_seeds(self):
-        def fingerprint(seed, **changes):
-            with make('dmc/walker_walk', seed=seed, **changes) as env:
-                return play(env, 20)
-
-        assert fingerprint(1) == fingerprint(1) == fingerprint(1, vectorization='async')
-        assert fingerprint(1) != fingerprint(2)
+        check_seeds('dmc/walker_walk', steps=20)
 
     def test_vision(self, picture):
         kwargs = {'vision': True}
@@ -432,9 +432,4 @@ class TestMuJoCo:
             assert records.is_terminal[0]
 
     def test_seeds(self):
-        def fingerprint(seed, **changes):
-            with make('HalfCheetah-v5', seed=seed, **changes) as env:
-                return play(env, 20)
-
-        assert fingerprint(1) == fingerprint(1) == fingerprint(1, vectorization='async')
-        assert fingerprint(1) != fingerprint(2)
+        check_seeds('HalfCheetah-v5', steps=20)

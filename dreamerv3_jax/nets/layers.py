@@ -138,6 +138,11 @@ def from_blocks(x: Array) -> Array:
     return jnp.concatenate(list(x), -1)
 
 
+def inverse_rms(x: Array, axes: tuple[int, ...]) -> Array:
+    """One over the root mean square of float32 x over `axes`, which stay with size 1."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + RMS_EPSILON)
+
+
 class RMSNorm(nn.Module):
     """Divides by the root mean square over the last axis, in float32; a learned scale, no shift."""
 
@@ -158,8 +163,7 @@ class RMSNorm(nn.Module):
 
     def _normalise(self, x: Array, axes: tuple[int, ...], scale: Array) -> Array:
         x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + RMS_EPSILON)
-        return (x * inverse * scale).astype(self.dtype)
+        return (x * inverse_rms(x, axes) * scale).astype(self.dtype)
 
 
 @jax.custom_vjp
@@ -182,7 +186,7 @@ def normalised_silu(x: Array, bias: Array, scale: Array) -> Array:
 
 def _normalised_silu_forward(x: Array, bias: Array, scale: Array) -> tuple[Array, tuple]:
     y = x.astype(jnp.float32) + bias[None]
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + RMS_EPSILON)
+    inverse = inverse_rms(y, (-1,))  # [N, 1]
     return nn.silu(y * inverse * scale[None]).astype(x.dtype), (x, bias, scale, inverse)
 
 

@@ -1,7 +1,7 @@
 """Measures speed and memory on this machine; writes results.json and results.md beside this file.
 
-python experiments/benchmarks/measure.py [CASE ...] [--runs=15] [--output=FOLDER]
-python experiments/benchmarks/measure.py [CASE ...] --compare
+python -m experiments.benchmarks.measure [CASE ...] [--runs=15] [--output=FOLDER]
+python -m experiments.benchmarks.measure [CASE ...] --compare
 
 Every case runs in a process of its own, beside nothing else, please: all cores are used. A figure
 is the median of its runs with the least and the greatest in brackets. The machine's peak is that of
@@ -20,6 +20,7 @@ import os
 import pathlib
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from experiments.machine import processor
+
 ROOT = pathlib.Path(__file__).parents[2]
+NAME = 'experiments.benchmarks.measure'  # of this module, however it was started
 UPDATES = (
     'update cpu vectors',
     *(
@@ -48,15 +52,7 @@ CASES = (
     'start cold',
     'start warm',
 )
-
-
-def processor() -> str:
-    """Name of the CPU, as far as the system tells."""
-    try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.machine()
+FIGURES = ('seconds', 'insert seconds', 'sample seconds')  # lists in the result of a case
 
 
 def spaces(kind: str) -> tuple[Any, Any]:
@@ -96,6 +92,18 @@ def random_arrays(specs: Any, leading: tuple[int, ...], rng: Any) -> dict[str, A
     return result
 
 
+def random_batch(agent: Any) -> Any:
+    """A batch of 16 sequences of 64 steps and their context, without ends of episodes."""
+    import numpy as np
+
+    rng, steps = np.random.default_rng(0), (16, 65)
+    return agent.blank_batch(16, 64)._replace(
+        observation=random_arrays(agent.observation_specs, steps, rng),
+        action=random_arrays(agent.action_specs, steps, rng),
+        reward=rng.standard_normal(steps, np.float32),
+    )
+
+
 def times_of(function: Callable[[], Any], runs: int, repeat: int = 1) -> list[float]:
     """Seconds per call over `runs`, each the mean of `repeat` calls, after two that warm up."""
     function()
@@ -120,33 +128,13 @@ def measured_peak() -> float:
 
 
 def measure_update(size: str, kind: str, runs: int) -> dict[str, Any]:
-    import flops
     import jax
-    import numpy as np
 
-    from dreamerv3_jax import update
+    from experiments.benchmarks import flops
 
-    agent, rng = make_agent(size, kind), np.random.default_rng(0)
-    batch = agent.blank_batch(16, 64)
-    batch = batch._replace(
-        observation=random_arrays(agent.observation_specs, (16, 65), rng),
-        action=random_arrays(agent.action_specs, (16, 65), rng),
-        reward=rng.standard_normal((16, 65), np.float32),
-    )
-    state = agent.init(seed=0)
-    operations = flops.count(
-        lambda state, batch: update.update(
-            state,
-            batch,
-            networks=agent.networks,
-            optimizer=agent._optimizer,
-            observation_specs=agent.observation_specs,
-            action_specs=agent.action_specs,
-            config=agent.config,
-        ),
-        state,
-        batch,
-    )
+    agent = make_agent(size, kind)
+    state, batch = agent.init(seed=0), random_batch(agent)
+    operations = flops.count(agent._pure_update, state, batch)
 
     def run() -> None:
         nonlocal state
@@ -228,7 +216,7 @@ def measure_loop(size: str, runs: int) -> dict[str, Any]:
     from dreamerv3_jax import load_config, loop
 
     config = load_config(f'gymnasium:{size}')
-    config.env.update(id='measure:free_environment', num_envs=16, vectorization='sync')
+    config.env.update(id=f'{NAME}:free_environment', num_envs=16, vectorization='sync')
     config.replay.update(capacity=20_000, train_ratio=64.0)  # one update for each tick
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -284,19 +272,11 @@ def measure(case: str, runs: int) -> dict[str, Any]:
     return {**result, 'peak gigabytes': memory, 'machine gflops': measured_peak()}
 
 
-FIGURES = ('seconds', 'insert seconds', 'sample seconds')
-
-
-def median(values: list[float]) -> float:
-    """The middle of the sorted values."""
-    return sorted(values)[len(values) // 2]
-
-
 def table(results: dict[str, Any]) -> str:
     """Markdown of all results."""
     lines = [
         f'Measured on {results["date"]} with {results["machine"]}, Python {results["python"]}, '
-        f'jax {results["jax"]}: `python experiments/benchmarks/measure.py`.',
+        f'jax {results["jax"]}: `python -m experiments.benchmarks.measure`.',
         '',
         '| what | median (least - greatest) | GFLOP | share of peak | peak memory |',
         '|---|---|---|---|---|',
@@ -306,16 +286,19 @@ def table(results: dict[str, Any]) -> str:
             if name not in result:
                 continue
             values, what = result[name], f'{case} {name}'.removesuffix(' seconds')
-            unit, scale = ('ms', 1e3) if median(values) < 0.1 else ('s', 1.0)
+            unit, scale = ('ms', 1e3) if statistics.median(values) < 0.1 else ('s', 1.0)
             middle, least, most = (
-                f'{scale * value:.3g}' for value in (median(values), min(values), max(values))
+                f'{scale * value:.3g}'
+                for value in (statistics.median(values), min(values), max(values))
             )
             cells = [what, f'{middle} {unit} ({least} - {most})', '', '', '']
             if 'gflop' in result:
                 cells[2] = f'{result["gflop"]:.1f}'
-                cells[3] = f'{result["gflop"] / median(values) / result["machine gflops"]:.0%}'
+                cells[3] = (
+                    f'{result["gflop"] / statistics.median(values) / result["machine gflops"]:.0%}'
+                )
             if 'steps' in result:
-                cells[0] += f', {result["steps"] / median(values):.0f} steps/s'
+                cells[0] += f', {result["steps"] / statistics.median(values):.0f} steps/s'
                 cells[0] += f', {result["update share"]:.1%} of the time in updates'
             if 'peak gigabytes' in result:
                 cells[4] = f'{result["peak gigabytes"]:.2f} GB'
@@ -334,7 +317,7 @@ def compare(cases: dict[str, Any], baseline: dict[str, Any]) -> bool:
         before = baseline['cases'][case]
         judged = case.startswith(('update', 'loop'))
         for name in [name for name in FIGURES if name in result]:
-            ratio = median(result[name]) / median(before[name])
+            ratio = statistics.median(result[name]) / statistics.median(before[name])
             if judged:
                 ratio *= result['machine gflops'] / before['machine gflops']
                 good &= ratio <= 1.15
@@ -345,11 +328,8 @@ def compare(cases: dict[str, Any], baseline: dict[str, Any]) -> bool:
 
 def in_process(case: str, runs: int) -> dict[str, Any]:
     """Measures one case in a process of its own."""
-    command = [sys.executable, __file__, case, f'--runs={runs}', '--here']
-    here = [str(ROOT), str(pathlib.Path(__file__).parent), os.environ.get('PYTHONPATH', '')]
-    path = os.pathsep.join(filter(None, here))
-    environment = {**os.environ, 'PYTHONPATH': path}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, '-m', NAME, case, f'--runs={runs}', '--here']
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,6 @@
 """Profiles one update, and lists where its time goes: by part of the agent and by operation.
 
-python experiments/benchmarks/profile_update.py [--size=size1m] [--kind='images 64x64x3']
+python -m experiments.benchmarks.profile_update [--size=size1m] [--kind='images 64x64x3']
 
 XLA runs operations at the same time where it can, so what the operations take in all is more than
 the update takes.
@@ -15,7 +15,7 @@ import re
 import tempfile
 from typing import Any
 
-import measure
+from experiments.benchmarks import measure
 
 # The part of the agent by a word in an operation's name; the first that fits counts.
 PARTS = (
@@ -50,15 +50,9 @@ def operation_names(program: str) -> dict[str, tuple[str, str]]:
 def profile(size: str, kind: str, updates: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Operations of the compiled update, and the milliseconds of every call in one update."""
     import jax
-    import numpy as np
 
-    agent, rng = measure.make_agent(size, kind), np.random.default_rng(0)
-    batch = agent.blank_batch(16, 64)
-    batch = batch._replace(
-        observation=measure.random_arrays(agent.observation_specs, (16, 65), rng),
-        action=measure.random_arrays(agent.action_specs, (16, 65), rng),
-    )
-    state = agent.init(seed=0)
+    agent = measure.make_agent(size, kind)
+    state, batch = agent.init(seed=0), measure.random_batch(agent)
     for _ in range(2):
         state, *_ = jax.block_until_ready(agent.update(state, batch))
     with tempfile.TemporaryDirectory() as folder:
