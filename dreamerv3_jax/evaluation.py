@@ -15,7 +15,7 @@ from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
 
-FRAMES_PER_SECOND = 30
+GIF_FRAME_RATE = 50.0  # browsers slow down what is faster
 LEAST_SIDE = 256  # pixels of a video; smaller pictures are enlarged
 
 
@@ -132,6 +132,7 @@ def evaluate(
         _Film(None if video is None else Path(video)) as film,
         envs.make(config.env, env_seed, render=video is not None) as env,
     ):
+        film.frame_rate = env.frame_rate
         player = Player(
             logdir, env.observation_specs, env.action_specs, count=count, seed=seed, sample=sample
         )
@@ -182,6 +183,7 @@ class _Film:
         self.running = path is not None
         self._path = path
         self._writer: Any = None
+        self.frame_rate = 0.0  # pictures per second, set before the first
         if path is not None:
             try:
                 import imageio
@@ -221,8 +223,9 @@ class _Film:
         assert self._path is not None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.suffix == '.gif':
-            return self._open(self._path, duration=1000 / FRAMES_PER_SECOND, loop=0)
-        return self._open(self._path, fps=FRAMES_PER_SECOND, macro_block_size=1)
+            duration = 1000 / min(self.frame_rate, GIF_FRAME_RATE)
+            return self._open(self._path, duration=duration, loop=0)
+        return self._open(self._path, fps=self.frame_rate, macro_block_size=1)
 
 
 def _picture(env: envs.VectorEnvironment, records: envs.Records) -> np.ndarray:

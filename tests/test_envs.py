@@ -222,6 +222,14 @@ def test_repeat_is_counted_exactly_and_ends_with_the_episode():
     assert toy.frames == 7
 
 
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_frame_rate_is_of_steps_of_the_agent(vectorization):
+    with make(repeat=4, vectorization=vectorization) as env:
+        assert env.frame_rate == 20 / 4
+    with make('toy_envs:Camera', vectorization=vectorization) as env:  # does not say
+        assert env.frame_rate == 30
+
+
 def test_seeds():
     def play(seed, **changes):
         with make(seed=seed, **changes) as env:

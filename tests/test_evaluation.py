@@ -166,11 +166,16 @@ def test_video(ending, run, tmp_path):
     path = tmp_path / 'new folder' / f'film.{ending}'
     result = evaluate(run, episodes=1, video=path)
     # In another process, because the reader forks, which JAX warns of.
-    code = 'import sys, imageio.v3 as iio; print(*iio.imread(sys.argv[1]).shape)'
+    code = """if True:
+        import sys, imageio.v3 as iio
+        about = iio.immeta(sys.argv[1])
+        print(about.get('fps') or 1000 / about['duration'], *iio.imread(sys.argv[1]).shape)
+    """
     read = subprocess.run(
         [sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True
     )
-    frames, *shape = map(int, read.stdout.split())
+    rate, frames, *shape = map(float, read.stdout.split())
+    assert rate == 20  # as the environment says
     assert frames == result['lengths'][0] + 1  # with the first and the last observation
     assert shape == [4 * 43, 6 * 43, 3]  # 4 x 6 pixels, enlarged to more than 256
 

@@ -272,6 +272,12 @@ class TestControl:
     def test_seeds(self):
         check_seeds('dmc/walker_walk', steps=20)
 
+    def test_frame_rate(self):
+        # Control steps are 10 ms long in one domain and 25 ms in the other.
+        for name, rate in (('cartpole_balance', 100 / 2), ('walker_walk', 40 / 2)):
+            with make(f'dmc/{name}', repeat=2, vectorization='sync') as env:
+                assert env.frame_rate == pytest.approx(rate)
+
     def test_vision(self, picture):
         kwargs = {'vision': True}
         with make('dmc/quadruped_walk', kwargs=kwargs) as env:

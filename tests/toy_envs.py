@@ -12,7 +12,7 @@ from gymnasium.vector import SyncVectorEnv
 class Counter(gymnasium.Env):
     """Observes episode, step and last action; pays 10 * step + action."""
 
-    metadata = {'render_modes': ['rgb_array']}
+    metadata = {'render_modes': ['rgb_array'], 'render_fps': 20}
 
     def __init__(
         self,

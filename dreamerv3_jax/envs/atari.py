@@ -72,7 +72,7 @@ def make(
 class Atari(gymnasium.Env):
     """One game on the Arcade Learning Environment; the arguments are described in `make`."""
 
-    metadata = {'render_modes': ['rgb_array'], 'render_fps': 60}
+    metadata = {'render_modes': ['rgb_array']}
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Atari(gymnasium.Env):
     ) -> None:
         self._rom = cast(Path, roms.get_rom_path(game))
         self._repeat = repeat
+        self.metadata = {**self.metadata, 'render_fps': 60 / repeat}
         self._image_size = image_size
         self._noops = noops
         self._gray = gray

@@ -78,7 +78,7 @@ def make(
 class ControlTask(gymnasium.Env):
     """A task of the suite; `image_size` 0 observes its vectors."""
 
-    metadata = {'render_modes': ['rgb_array'], 'render_fps': 40}
+    metadata = {'render_modes': ['rgb_array']}
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class ControlTask(gymnasium.Env):
         self._image_size = image_size
         self._camera = camera
         self._env: Any = suite.load(domain, task)
+        self.metadata = {**self.metadata, 'render_fps': 1 / self._env.control_timestep() / repeat}
         action = self._env.action_spec()
         self.action_space = gymnasium.spaces.Box(
             action.minimum, action.maximum, action.shape, action.dtype

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from dreamerv3_jax.envs.registry import Settings, is_suite, readable_errors
-from dreamerv3_jax.envs.stream import FinalRecords, Records
+from dreamerv3_jax.envs.stream import FinalRecords, Records, frame_rate
 from dreamerv3_jax.envs.vector import VectorEnvironment, failure
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
@@ -55,6 +55,7 @@ class Native(VectorEnvironment):
         self.observation_specs = self._observations.specs
         self.action_specs = self._actions.specs
         self.messages = self._observations.messages + self._actions.messages
+        self.frame_rate = frame_rate(self._env.metadata)
 
     def _reset(self) -> Records:
         with self._readable_failures():

@@ -39,6 +39,7 @@ class _Description(NamedTuple):
     observation_specs: dict[str, ArraySpec]
     action_specs: dict[str, ArraySpec]
     messages: list[str]
+    frame_rate: float
 
 
 class Processes(VectorEnvironment):
@@ -65,7 +66,7 @@ class Processes(VectorEnvironment):
                 self._connections.append(ours)
                 self._workers.append(worker)
         descriptions: list[_Description] = self._receive()
-        observation_specs, action_specs, self.messages = descriptions[0]
+        observation_specs, action_specs, self.messages, self.frame_rate = descriptions[0]
         self.observation_specs, self.action_specs = observation_specs, action_specs
         if any(other[:2] != descriptions[0][:2] for other in descriptions):
             self.close()
@@ -137,7 +138,7 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
     try:
         stream = open_stream(settings, index)
         specs = stream.observation_specs, stream.action_specs
-        connection.send(_Description(*specs, stream.messages))
+        connection.send(_Description(*specs, stream.messages, stream.frame_rate))
         path = connection.recv()
         if path == 'close':
             return

@@ -7,6 +7,7 @@ import numpy as np
 
 from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
 
+_USUAL_FRAME_RATE = 30.0  # of environments that do not say
 _NUMBERS = (bool, int, float, np.bool_, np.number)
 
 
@@ -84,6 +85,7 @@ class Stream:
         self.observation_specs = self._observations.specs
         self.action_specs = self._actions.specs
         self.messages = self._observations.messages + self._actions.messages
+        self.frame_rate = frame_rate(env.metadata)
 
     def reset(self, records: Records, row: int) -> None:
         """Starts an episode and writes its first record into row `row`."""
@@ -132,6 +134,7 @@ class ActionRepeat(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, repeat: int) -> None:
         super().__init__(env)
         self._repeat = repeat
+        self.metadata = {**env.metadata, 'render_fps': frame_rate(env.metadata) / repeat}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Steps the environment `repeat` times or until the episode ends."""
@@ -142,6 +145,12 @@ class ActionRepeat(gymnasium.Wrapper):
             if terminated or truncated:
                 break
         return observation, total, terminated, truncated, info
+
+
+def frame_rate(metadata: dict[str, Any]) -> float:
+    """Returns how many steps an environment takes in a second of its own time."""
+    rate = metadata.get('render_fps')
+    return float(rate) if rate else _USUAL_FRAME_RATE
 
 
 def episode_logs(info: dict[str, Any]) -> dict[str, float]:

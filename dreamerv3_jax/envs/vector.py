@@ -28,12 +28,14 @@ class VectorEnvironment(abc.ABC):
       observation_specs: the arrays of an observation by name, sorted.
       action_specs: the arrays of an action by name, sorted.
       messages: what the user should know about conversions, one sentence each.
+      frame_rate: steps in a second of the environment's own time.
     """
 
     num_envs: int
     observation_specs: dict[str, ArraySpec]
     action_specs: dict[str, ArraySpec]
     messages: list[str]
+    frame_rate: float
 
     def __init__(self, env_id: str) -> None:
         self._id = env_id
@@ -140,6 +142,7 @@ class InProcess(VectorEnvironment):
         self.observation_specs = self._streams[0].observation_specs
         self.action_specs = self._streams[0].action_specs
         self.messages = self._streams[0].messages
+        self.frame_rate = self._streams[0].frame_rate
         specs = [(stream.observation_specs, stream.action_specs) for stream in self._streams]
         if any(other != specs[0] for other in specs):
             self.close()
