@@ -25,6 +25,6 @@ def get_config(size: str = 'cpu') -> ml_collections.ConfigDict:
     config.env.vectorization = 'sync'
     # Steps cost next to nothing here and updates all the time, so there are many for each update.
     config.replay.train_ratio = 64.0
-    config.run.steps = 24_000
+    config.run.steps = 27_000
     config.replay.capacity = 200_000  # room to go on
     return config

@@ -21,6 +21,7 @@ from dreamerv3_jax.replay import Replay, TrainRatio, bytes_per_step, check_memor
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.types import Batch, Metrics, StoredLatent
 
+MOST_SKIPPED = 10  # updates in a row
 FLAGS = ('is_first', 'is_last', 'is_terminal')
 
 
@@ -58,7 +59,7 @@ class Trainer:
         """Builds everything, restores the newest checkpoint and prints what the run will be."""
         self._config, self._logdir = config, logdir
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        names = ('ticks', 'steps', 'frames', 'episodes', 'updates')
+        names = ('ticks', 'steps', 'frames', 'episodes', 'updates', 'skipped')
         counters: dict[str, Any] = dict.fromkeys(names, 0)
         folder = logdir / 'checkpoints'
         resumed = checkpoint.latest_step(folder)
@@ -89,7 +90,7 @@ class Trainer:
         self._checkpointer = checkpoint.Checkpointer(folder)
         if resumed is not None:
             saved = self._checkpointer.restore(checkpoint.abstract_state(self._state))
-            self._state, counters = saved.state, saved.counters
+            self._state, counters = saved.state, counters | saved.counters
             ratio = counters.pop('ratio')
             if saved.replay is not None:  # else the count starts anew when there is a batch again
                 self._replay.load_state(saved.replay)
@@ -106,7 +107,8 @@ class Trainer:
             )
         self._timer = Timer()
         self._interrupts: list[int] = []  # signals received
-        self._pending: tuple[Any, StoredLatent] | None = None  # latents to write back
+        self._pending: tuple[Any, StoredLatent, Metrics] | None = None  # an update in flight
+        self._skipped = 0  # updates in a row
         self._metrics: list[Metrics] = []  # of updates not yet logged
         self._returns = np.zeros(self._env.num_envs)
         self._lengths = np.zeros(self._env.num_envs, np.int64)
@@ -209,21 +211,46 @@ class Trainer:
 
     def _update(self) -> None:
         with self._timer.section('update'):
-            self._write_back()
+            self._finish_update()
         with self._timer.section('replay'):
             sampled, index = self._replay.sample()
         with self._timer.section('update'):
             self._state, latents, metrics = self._agent.update(self._state, to_batch(sampled))
-        self._pending = (index, latents)
+        self._pending = (index, latents, metrics)
         self._metrics.append(metrics)
         self.counters['updates'] += 1
 
-    def _write_back(self) -> None:
-        """Writes the latents of the last update to the replay; waits for the update."""
-        if self._pending is not None:
-            index, latents = self._pending
-            self._replay.update_latents(index, np.asarray(latents.deter), np.asarray(latents.stoch))
-            self._pending = None
+    def _finish_update(self) -> None:
+        """Waits for the update in flight, and writes its latents to the replay.
+
+        Raises:
+          UserError: too many updates in a row were skipped.
+        """
+        if self._pending is None:
+            return
+        index, latents, metrics = self._pending
+        self._pending = None
+        if metrics['optimizer/skipped']:
+            self._count_skipped(jax.device_get(metrics))
+            return
+        self._skipped = 0
+        self._replay.update_latents(index, np.asarray(latents.deter), np.asarray(latents.stoch))
+
+    def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
+        self._skipped += 1
+        self.counters['skipped'] += 1
+        losses = [name for name in metrics if name.startswith('loss/') and name != 'loss/total']
+        names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
+        what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
+        if self._skipped == MOST_SKIPPED:
+            raise UserError(
+                f'{MOST_SKIPPED} updates in a row were skipped, as {what}; look for numbers of '
+                'extreme size in what the environment returns. The last checkpoint is kept.'
+            )
+        if self._skipped == 1:
+            self._progress.message(
+                f'Update {self.counters["updates"]:,} is skipped, as {what}; nothing has changed.'
+            )
 
     def _final_step(self, records: envs.Records) -> dict[str, np.ndarray]:
         """A terminal record that no policy saw. Its latent is never used: a reset follows."""
@@ -252,17 +279,19 @@ class Trainer:
         """Writes the means since the last call, without waiting for the update in flight."""
         done = self._metrics if final else self._metrics[:-1]
         for metrics in jax.device_get(done):
-            self._writer.add(metrics, 'train/')
+            skipped = {'optimizer/skipped': metrics['optimizer/skipped']}
+            self._writer.add(skipped if metrics['optimizer/skipped'] else metrics, 'train/')
         self._metrics = self._metrics[len(done) :]
         self._writer.add(self._env.pop_logs(), 'episode/')
         self._writer.add(self._timer.shares(), 'time/')
-        self._writer.add({name: self.counters[name] for name in ('episodes', 'updates')}, 'count/')
+        counts = {name: self.counters[name] for name in ('episodes', 'updates', 'skipped')}
+        self._writer.add(counts, 'count/')
         self._writer.write(self.counters['frames'])
         self._timer.restart()
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        self._write_back()
+        self._finish_update()
         replay = self._replay.state() if self._config.run.checkpoint_replay else None
         counters = {**self.counters, 'ratio': self._ratio.state()}
         self._checkpointer.save(

@@ -92,7 +92,7 @@ def update(
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
 ) -> tuple[TrainState, StoredLatent, Metrics]:
-    """One update of everything.
+    """One update of everything; of nothing where the loss or its gradient is not finite.
 
     Args:
       state: before the update.
@@ -105,7 +105,8 @@ def update(
 
     Returns:
       The new state, the latents [B, T, ...] to write back to the replay, and metrics
-      {name: [] float32}.
+      {name: [] float32}. Where 'optimizer/skipped' is 1, only the count of updates is new in the
+      state, and the latents are worth nothing.
     """
     gradient = jax.value_and_grad(total_loss, has_aux=True)
     (total, (_, stored, percentiles, metrics)), grads = gradient(
@@ -119,17 +120,20 @@ def update(
     slow_critic = jax.tree.map(
         lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic']
     )
+    gradient_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(gradient_norm)
     metrics |= {
         'loss/total': total,
-        'optimizer/gradient_norm': optax.tree.norm(grads),
+        'optimizer/skipped': 1.0 - finite,
+        'optimizer/gradient_norm': gradient_norm,
         'optimizer/update_norm': optax.tree.norm(updates),
         'optimizer/parameter_norm': optax.tree.norm(params),
     }
-    state = state.replace(
+    updated = state.replace(
         params=params,
         slow_critic=slow_critic,
         optimizer=optimizer_state,
         percentiles=percentiles,
-        updates=state.updates + 1,
     )
-    return state, stored, metrics
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return state.replace(updates=state.updates + 1), stored, metrics

@@ -3,6 +3,8 @@
 python -m experiments.curves keep RUN_FOLDER experiments/learning/NAME.jsonl [--cores=2]
 python -m experiments.curves plot OUT.png 'TITLE' NAME.jsonl ... [--published=TASK] [--target=475]
 
+`keep` leaves out of the time what a run was stopped for before it went on.
+
 `--published` lays the curve over the scores in experiments/learning/published.json: median, least
 and greatest of 5 seeds of the published runs for two DMC proprio tasks, one run of the published
 code on a CPU with 2 cores for CartPole-v1 (size1m, train ratio 256, 42 minutes).
@@ -26,17 +28,20 @@ from experiments.machine import processor
 
 WIDTHS = ('deter', 'hidden', 'classes', 'depth', 'units')
 KEPT = ('step', 'time', 'episode/score', 'episode/length', 'count/updates', 'count/episodes')
+PAUSE = 300.0  # seconds between two lines that are more than a slow update: the run had stopped
 LEARNING = pathlib.Path(__file__).parent / 'learning'
 
 
 def keep(run: pathlib.Path, output: pathlib.Path, cores: int) -> None:
     # A header line about the run, then the metrics of every line that has a score.
     rows = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
-    start = rows[0]['time']
+    times = np.array([row['time'] for row in rows])
+    passed = np.diff(times, prepend=times[0])
+    seconds = np.cumsum(np.where(passed > PAUSE, 0.0, passed)).round(1).tolist()
     config = json.loads((run / 'config.json').read_text())
     widths = tuple(config['agent'][name] for name in WIDTHS)
     header = {
-        'date': time.strftime('%Y-%m-%d', time.gmtime(start)),
+        'date': time.strftime('%Y-%m-%d', time.gmtime(times[-1])),
         'machine': f'{processor()}, {cores} core{"s" * (cores > 1)}',
         'environment': config['env']['id'],
         'action_repeat': config['env']['repeat'],
@@ -46,10 +51,10 @@ def keep(run: pathlib.Path, output: pathlib.Path, cores: int) -> None:
     }
     with output.open('w') as file:
         file.write(json.dumps(header) + '\n')
-        for row in rows:
+        for row, second in zip(rows, seconds, strict=True):
             if row.get('episode/score') is not None:
                 kept = {name: row[name] for name in KEPT if name in row}
-                file.write(json.dumps(kept | {'seconds': round(row['time'] - start, 1)}) + '\n')
+                file.write(json.dumps(kept | {'seconds': second}) + '\n')
 
 
 def load(path: pathlib.Path) -> tuple[dict, dict[str, np.ndarray]]:

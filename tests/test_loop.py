@@ -1,6 +1,7 @@
 """Whole runs: what is stored, when it is trained on, and that a run goes on where it stopped."""
 
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -186,7 +187,7 @@ def test_training_ticks(tmp_path, monkeypatch):
             expected = 0 if first_steps is None else due(steps, first_steps, ratio)
             updates.append(trainer.counters['updates'])
             assert updates[-1] == expected == int(trainer._state.updates)
-        trainer._write_back()
+        trainer._finish_update()
         spy.write_back()
         data = stored(trainer)
     assert spy.policy_calls == 45 and max(np.diff(updates)) == 2 and updates[-1] > 20
@@ -456,6 +457,58 @@ def test_failing_environment(tmp_path):
     config = counter_config(env__kwargs={'length': 9, 'fail_at': 4})
     with pytest.raises(UserError, match='the robot fell over'):
         tiny_runs.ticked(config, tmp_path, 9)
+
+
+# Updates that are not finite.
+
+
+def spoil(trainer, monkeypatch, spoilt):
+    """Makes the updates of these numbers, from 1, come back as skipped because of a loss."""
+    original, numbers = trainer._agent.update, itertools.count(1)
+
+    def update(state, batch):
+        state, latents, metrics = original(state, batch)
+        if next(numbers) in spoilt:
+            nan = np.float32(np.nan)
+            metrics |= {'loss/reward': nan, 'loss/total': nan, 'optimizer/skipped': np.float32(1)}
+            latents = jax.tree.map(lambda x: np.full_like(x, 77), latents)
+        return state, latents, metrics
+
+    monkeypatch.setattr(trainer._agent, 'update', update)
+
+
+@pytest.mark.medium
+def test_skipped_updates_are_counted_and_leave_the_replay_alone(tmp_path, monkeypatch, capsys):
+    with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
+        spoil(trainer, monkeypatch, spoilt={3, 4, 6})
+        while trainer.counters['updates'] < 8:
+            trainer.tick()
+        trainer.log(final=True)
+        trainer.save()
+        assert trainer.counters['skipped'] == 3
+        assert not (stored(trainer)['deter'] == 77).any()
+        assert not (stored(trainer)['stoch'] == 77).any()
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'is skipped' in line]
+    assert [line.split(' is skipped, as ')[0] for line in lines] == ['Update 3', 'Update 6']
+    assert all('as loss/reward is not finite; nothing has changed' in line for line in lines)
+    written = tiny_runs.read_metrics(tmp_path)[-1]
+    assert written['train/optimizer/skipped'] == 3 / 8 and written['count/skipped'] == 3
+    assert np.isfinite(written['train/loss/reward'])
+    with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
+        assert trainer.counters['skipped'] == 3
+
+
+@pytest.mark.medium
+def test_too_many_skipped_updates_stop_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
+    config = counter_config(run__checkpoint_every=1e-9, run__steps=10_000)
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        spoil(trainer, monkeypatch, spoilt=range(5, 100))
+        with pytest.raises(UserError, match='10 updates in a row were skipped, as loss/reward is'):
+            trainer.run()
+        assert trainer.counters['updates'] == 14
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        assert 4 <= trainer.counters['updates'] < 14
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(trainer._state))
 
 
 # Ctrl-C, and SIGTERM before a machine is taken away.

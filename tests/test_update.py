@@ -12,12 +12,14 @@ import tiny_runs
 from tiny_agent import ACTION_SPECS, OBSERVATION_SPECS
 
 from dreamerv3_jax import losses as losses_lib
+from dreamerv3_jax import update as update_lib
+from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.networks import make_networks
 from dreamerv3_jax.optimizer import make_optimizer
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.train_state import init_train_state
 from dreamerv3_jax.types import Batch
-from dreamerv3_jax.update import update
+from dreamerv3_jax.update import loss_scales, update
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -136,6 +138,74 @@ def test_percentiles_are_kept(updated):
     for state, (_, metrics) in zip(updated[0][1:], updated[1], strict=True):
         assert state.percentiles.low == metrics['return/low']
         assert state.percentiles.high == metrics['return/high']
+
+
+# Numbers that go wrong.
+
+LOSSES = [
+    'actor', 'continue', 'critic', 'dynamics', 'reconstruction/door', 'reconstruction/room',
+    'replay_critic', 'representation', 'reward',
+]  # fmt: skip
+GRADIENT = len(LOSSES)  # behind all losses
+
+
+def poison(losses, number):
+    """Makes the loss of this number NaN, or for GRADIENT the gradient of the first one infinite."""
+    spoilt = {
+        name: loss * jnp.where(LOSSES.index(name) == number, jnp.nan, 1.0)
+        for name, loss in losses.items()
+    }
+    name, loss = next(iter(losses.items()))
+    spoilt[name] += jnp.sqrt(jnp.where(number == GRADIENT, 0.0, 1.0) * (1 + jnp.square(loss)))
+    return spoilt
+
+
+@pytest.fixture(scope='module')
+def fragile():
+    """An agent of which the number in the first reward spoils a loss."""
+
+    def spoil(function):
+        def spoilt(*arguments, **options):
+            (batch,) = (argument for argument in arguments if isinstance(argument, Batch))
+            result = function(*arguments, **options)
+            return result._replace(losses=poison(result.losses, batch.reward[0, 0]))
+
+        return spoilt
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('world_model_losses', 'actor_critic_losses'):
+            patch.setattr(update_lib, name, spoil(getattr(update_lib, name)))
+        agent = Agent(corridor.OBSERVATION_SPECS, corridor.ACTION_SPECS, corridor.AGENT_CONFIG)
+        agent.compile_update(8, 8)
+    return agent
+
+
+def fragile_batch(number):
+    batch = corridor_batch()
+    batch.reward[0, 0] = number
+    return batch
+
+
+def test_all_losses_are_spoilt_below():
+    assert LOSSES == sorted(loss_scales(corridor.OBSERVATION_SPECS, corridor.AGENT_CONFIG))
+
+
+@pytest.mark.parametrize('number', range(len(LOSSES) + 1))
+def test_an_update_that_is_not_finite_changes_nothing(number, fragile):
+    start, _, metrics = fragile.update(fragile.init(0), fragile_batch(-1))
+    assert metrics['optimizer/skipped'] == 0
+    before = copied(start)
+    state, _, metrics = fragile.update(start, fragile_batch(number))
+    spoilt = {name for name in LOSSES if not np.isfinite(metrics[f'loss/{name}'])}
+    assert metrics['optimizer/skipped'] == 1 and spoilt == set(LOSSES[number : number + 1])
+    assert np.isfinite(metrics['loss/total']) == (number == GRADIENT)
+    assert state.updates == 2  # so that the next one draws other keys
+    jax.tree.map(
+        np.testing.assert_array_equal, copied(state.replace(updates=before.updates)), before
+    )
+    state, _, metrics = fragile.update(state, fragile_batch(-1))
+    assert metrics['optimizer/skipped'] == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(copied(state)))
 
 
 # Half precision.
