@@ -46,6 +46,7 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
                 image_size=0,  # side of the images in pixels; 0 keeps them where the network can
                 vectorization='auto',  # auto, sync (in process), async (processes) or native
                 autoreset='next_step',  # or same_step
+                timeout=600.0,  # seconds; a process that takes longer to answer is replaced
             ),
             replay=dict(
                 capacity=5_000_000,  # steps

@@ -130,7 +130,7 @@ def evaluate(
     env_seed = run_folder.derived_seed(seed, 2**31)
     with (
         _Film(None if video is None else Path(video)) as film,
-        envs.make(config.env, env_seed, render=video is not None) as env,
+        envs.make(config.env, env_seed, render=video is not None, restart=False) as env,
     ):
         film.frame_rate = env.frame_rate
         player = Player(

@@ -13,16 +13,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from dreamerv3_jax import checkpoint, envs, run_folder, sharding
+from dreamerv3_jax import checkpoint, envs, run_folder, sharding, steps
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.metrics import MetricWriter, ProgressLine, Timer
 from dreamerv3_jax.replay import Replay, TrainRatio, bytes_per_step, check_memory
 from dreamerv3_jax.spaces import ArraySpec
-from dreamerv3_jax.types import Batch, Metrics, StoredLatent
+from dreamerv3_jax.types import Metrics, StoredLatent
 
 MOST_SKIPPED = 10  # updates in a row
-FLAGS = ('is_first', 'is_last', 'is_terminal')
 
 
 def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = 'none') -> None:
@@ -59,7 +58,7 @@ class Trainer:
         """Builds everything, restores the newest checkpoint and prints what the run will be."""
         self._config, self._logdir = config, logdir
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        names = ('ticks', 'steps', 'frames', 'episodes', 'updates', 'skipped')
+        names = ('ticks', 'steps', 'frames', 'episodes', 'updates', 'skipped', 'restarts')
         counters: dict[str, Any] = dict.fromkeys(names, 0)
         folder = logdir / 'checkpoints'
         resumed = checkpoint.latest_step(folder)
@@ -67,7 +66,7 @@ class Trainer:
         self._env = envs.make(config.env, seed=run_folder.derived_seed(config.seed, resumed or 0))
         self._agent = Agent(self._env.observation_specs, self._env.action_specs, config.agent, mesh)
         self._progress = ProgressLine(config.run.steps)
-        specs = replay_specs(self._agent)
+        specs = steps.replay_specs(self._agent)
         directory = logdir / 'replay' if config.replay.on_disk else None
         check_memory(specs, config.replay.capacity, directory)
         sharding.batch_sharding(mesh, config.replay.batch_size)
@@ -98,7 +97,8 @@ class Trainer:
         self.counters: dict[str, int] = counters
         self._progress.episodes = counters['episodes']
         self._writer = MetricWriter(logdir, resume_step=counters['frames'])
-        for message in [*self._env.messages, *self._writer.messages]:
+        self._show_messages()
+        for message in self._writer.messages:
             self._progress.message(message)
         if resumed is not None:
             self._progress.message(
@@ -190,7 +190,7 @@ class Trainer:
             )
             actions, latent = jax.device_get((actions, latent))
         with self._timer.section('replay'):
-            self._replay.add(replay_step(records, actions, latent._asdict()))
+            self._replay.add(steps.replay_step(records, actions, latent._asdict()))
         self.counters['ticks'] += 1
         self.counters['steps'] += int(np.sum(~records.is_last))
         self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
@@ -205,9 +205,17 @@ class Trainer:
             self._records, finals = self._env.step(actions)
         if finals is not None:
             with self._timer.section('replay'):
-                self._replay.add(self._final_step(finals.records), finals.streams)
+                self._replay.add(steps.final_step(finals.records, self._agent), finals.streams)
             self._count_episodes(finals.streams, finals.records)
+        self._show_messages()
         self._count_episodes(np.arange(self._env.num_envs), self._records)
+
+    def _show_messages(self) -> None:
+        """Shows what the environments have to say, and counts those that were built again."""
+        for message in self._env.messages:
+            self._progress.message(message)
+        self._env.messages.clear()
+        self.counters['restarts'] += self._env.pop_restarts()
 
     def _update(self) -> None:
         with self._timer.section('update'):
@@ -215,7 +223,7 @@ class Trainer:
         with self._timer.section('replay'):
             sampled, index = self._replay.sample()
         with self._timer.section('update'):
-            self._state, latents, metrics = self._agent.update(self._state, to_batch(sampled))
+            self._state, latents, metrics = self._agent.update(self._state, steps.to_batch(sampled))
         self._pending = (index, latents, metrics)
         self._metrics.append(metrics)
         self.counters['updates'] += 1
@@ -252,19 +260,6 @@ class Trainer:
                 f'Update {self.counters["updates"]:,} is skipped, as {what}; nothing has changed.'
             )
 
-    def _final_step(self, records: envs.Records) -> dict[str, np.ndarray]:
-        """A terminal record that no policy saw. Its latent is never used: a reset follows."""
-        count, config = len(records.reward), self._agent.config
-        actions = {
-            name: np.zeros((count, *spec.shape), spec.dtype)
-            for name, spec in self._agent.action_specs.items()
-        }
-        latent = {
-            'deter': np.zeros((count, config.deter), np.float32),
-            'stoch': np.zeros((count, config.stoch), np.uint8),
-        }
-        return replay_step(records, actions, latent)
-
     def _count_episodes(self, streams: np.ndarray, records: envs.Records) -> None:
         first = streams[records.is_first]
         self._returns[first], self._lengths[first] = 0.0, -1
@@ -284,8 +279,8 @@ class Trainer:
         self._metrics = self._metrics[len(done) :]
         self._writer.add(self._env.pop_logs(), 'episode/')
         self._writer.add(self._timer.shares(), 'time/')
-        counts = {name: self.counters[name] for name in ('episodes', 'updates', 'skipped')}
-        self._writer.add(counts, 'count/')
+        names = ('episodes', 'updates', 'skipped', 'restarts')
+        self._writer.add({name: self.counters[name] for name in names}, 'count/')
         self._writer.write(self.counters['frames'])
         self._timer.restart()
 
@@ -358,42 +353,3 @@ def _list_specs(specs: Mapping[str, ArraySpec]) -> str:
         return 'x'.join(map(str, spec.shape)) + (' image' if spec.kind == 'image' else ' numbers')
 
     return ', '.join(f'{name}: {describe(spec)}' for name, spec in specs.items())
-
-
-def replay_specs(agent: Agent) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of everything that one replay step holds."""
-    specs = {
-        f'observation/{name}': (spec.shape, spec.dtype)
-        for name, spec in agent.observation_specs.items()
-    }
-    specs |= {
-        f'action/{name}': (spec.shape, spec.dtype) for name, spec in agent.action_specs.items()
-    }
-    specs |= {'reward': ((), np.dtype(np.float32))}
-    specs |= {name: ((), np.dtype(bool)) for name in FLAGS}
-    specs |= {'deter': ((agent.config.deter,), np.dtype(np.float32))}
-    specs |= {'stoch': ((agent.config.stoch,), np.dtype(np.uint8))}
-    return specs
-
-
-def replay_step(
-    records: envs.Records, actions: Mapping[str, np.ndarray], latent: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """One step of every stream: records with the actions chosen from them, zero where is_last."""
-    step = {f'observation/{name}': value for name, value in records.observation.items()}
-    for name, value in actions.items():
-        ended = records.is_last.reshape(-1, *(1,) * (value.ndim - 1))
-        step[f'action/{name}'] = np.where(ended, np.zeros((), value.dtype), value)
-    step |= {name: getattr(records, name) for name in ('reward', *FLAGS)}
-    return step | latent
-
-
-def to_batch(sampled: dict[str, np.ndarray]) -> Batch:
-    """Arranges what `Replay.sample` returns as the update wants it."""
-    fields: dict[str, Any] = {'observation': {}, 'action': {}}
-    for name, value in sampled.items():
-        part, slash, rest = name.partition('/')
-        if slash:
-            fields[part][rest] = value
-    fields |= {name: sampled[name] for name in ('reward', *FLAGS, 'deter', 'stoch')}
-    return Batch(**fields)

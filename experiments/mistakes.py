@@ -122,8 +122,9 @@ MISTAKES = (
         'held = np.ones(position.shape, bool)  # [B, T]', 'test_replay.py',
     ),
     Mistake(
-        'latents never written', 'loop.py', 'if self._pending is not None:', 'if False:',
-        'test_corridor.py',
+        'latents never written', 'loop.py',
+        'self._replay.update_latents(index, np.asarray(latents.deter), np.asarray(latents.stoch))',
+        'pass', 'test_corridor.py',
     ),
     Mistake(
         'acting with the first parameters', 'loop.py',

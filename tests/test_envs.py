@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,16 +13,17 @@ import pytest
 import toy_envs
 
 from dreamerv3_jax import envs
-from dreamerv3_jax.envs import processes, registry
+from dreamerv3_jax.envs import processes, registry, vector
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
 from dreamerv3_jax.envs.vector import InProcess
 from dreamerv3_jax.errors import UserError
 
 COUNTER = 'toy_envs:Counter'
+ZEROS = {'action': np.zeros((1, 1), np.int32)}  # for any number of environments
 
 
-def make(env_id=COUNTER, seed=0, render=False, **changes):
+def make(env_id=COUNTER, seed=0, render=False, restart=True, **changes):
     settings = dict(
         id=env_id,
         kwargs={},
@@ -30,8 +32,10 @@ def make(env_id=COUNTER, seed=0, render=False, **changes):
         image_size=0,
         vectorization='sync',
         autoreset='next_step',
+        timeout=120.0,
     )
-    return envs.make(ml_collections.ConfigDict({**settings, **changes}), seed, render=render)
+    config = ml_collections.ConfigDict({**settings, **changes})
+    return envs.make(config, seed, render=render, restart=restart)
 
 
 def draw(rng, count):
@@ -317,7 +321,8 @@ def test_script_without_main_guard(tmp_path):
         'from dreamerv3_jax import envs\n'
         'print("once")\n'
         'config = ml_collections.ConfigDict(dict(id="CartPole-v1", kwargs={}, num_envs=2,\n'
-        '    repeat=1, image_size=0, vectorization="async", autoreset="next_step"))\n'
+        '    repeat=1, image_size=0, vectorization="async", autoreset="next_step",\n'
+        '    timeout=60.0))\n'
         'env = envs.make(config, 0)\n'
         'print(env.reset().is_first.all())\n'
     )  # and without close
@@ -392,11 +397,12 @@ def test_workers_keep_off_the_accelerator_and_ignore_interrupts(monkeypatch):
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])
 def test_failing_environment_gives_one_sentence(vectorization):
-    env = make(vectorization=vectorization, kwargs={'length': 5, 'fail_at': 2})
+    kwargs = {'length': 5, 'fail_at': 2}
+    env = make(vectorization=vectorization, kwargs=kwargs, restart=False)
     env.reset()
-    env.step({'action': np.zeros((2, 1), np.int32)})
+    env.step(ZEROS)
     with pytest.raises(UserError) as caught:
-        env.step({'action': np.zeros((2, 1), np.int32)})
+        env.step(ZEROS)
     message = str(caught.value)
     assert 'Environment 0 of toy_envs:Counter failed: ValueError: the robot fell over' in message
     assert 'toy_envs.py, line' in message
@@ -405,19 +411,97 @@ def test_failing_environment_gives_one_sentence(vectorization):
 
 
 def test_async_failure_keeps_the_traceback():
-    with make(vectorization='async', kwargs={'length': 5, 'fail_at': 1}) as env:
+    kwargs = {'length': 5, 'fail_at': 1}
+    with make(vectorization='async', kwargs=kwargs, restart=False) as env:
         env.reset()
         with pytest.raises(UserError) as caught:
-            env.step({'action': np.zeros((2, 1), np.int32)})
+            env.step(ZEROS)
     assert 'in step' in caught.value.__notes__[0]
     assert env._workers == []
 
 
-def test_dying_worker():
-    env = make(vectorization='async', kwargs={'length': 5, 'fail_at': 1, 'failure': 'exit'})
-    env.reset()
-    with pytest.raises(UserError, match=r'environment 0 of toy_envs:Counter died with exit code 7'):
-        env.step({'action': np.zeros((2, 1), np.int32)})
+FAILURES = {
+    'raise': 'Environment . of toy_envs:Counter failed: ValueError: the robot fell over .*line',
+    'wrong shape': 'failed: ValueError: cannot reshape array of size 3 into shape .2,. .*line',
+    'nan observation': "returned an observation 'count' that is not finite; repair or clip it.",
+    'nan reward': 'Environment . of toy_envs:Counter returned a reward that is not finite',
+    'odd action': "returned an observation 'action' outside of its space",
+    'exit': 'died: its process ended with exit code 7',
+    'hang': 'did not answer for 8 seconds',
+}
+
+
+@pytest.mark.parametrize('autoreset', ['next_step', 'same_step'])
+@pytest.mark.parametrize(
+    ('vectorization', 'what'),
+    [('sync', what) for what in list(FAILURES)[:5]] + [('async', what) for what in FAILURES],
+)
+def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what, tmp_path):
+    """The others go on, and the episode that was cut does not run on into the next one."""
+    kwargs = {'length': 6, 'fail_at': 3, 'failure': what, 'once': str(tmp_path / 'failed')}
+    changes = dict(kwargs=kwargs, autoreset=autoreset, timeout=8.0 if what == 'hang' else 120.0)
+    with make(num_envs=3, vectorization=vectorization, **changes) as env:
+        env.reset()
+        env.step(ZEROS)
+        before, _ = env.step(ZEROS)
+        records, finals = env.step(ZEROS)
+        (row,) = np.flatnonzero(records.is_first)
+        count = records.observation['count']
+        assert count[row].tolist() == [1, 0] and (np.delete(count, row, 0) == [1, 3]).all()
+        assert records.reward[row] == 0 and not records.is_last[row]
+        assert finals.streams.tolist() == [row]
+        (last,) = finals.records.observation['count']
+        assert last.tolist() == before.observation['count'][row].tolist() == [1, 2]
+        flags = finals.records[1:]
+        assert [flag.tolist() for flag in flags] == [[0.0], [False], [True], [False]]
+        assert re.search(FAILURES[what], env.messages[0]), env.messages
+        assert len(env.messages) == 1 and env.messages[0].endswith('. It is started again.')
+        assert (env.pop_restarts(), env.pop_restarts()) == (1, 0)
+        for step in range(1, 6):
+            records, _ = env.step(ZEROS)
+            assert records.observation['count'][row].tolist() == [1, step]
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_an_environment_that_cannot_begin_is_built_again(vectorization, tmp_path):
+    kwargs = {'length': 6, 'fail_at': 0, 'once': str(tmp_path / 'failed')}
+    with make(vectorization=vectorization, kwargs=kwargs) as env:
+        records = env.reset()
+        assert records.is_first.all() and env.pop_restarts() == 1
+        assert 'the robot does not get up' in env.messages[0]
+        records, finals = env.step(ZEROS)
+        assert finals is None and (records.observation['count'] == [1, 1]).all()
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_who_fails_again_and_again_is_given_up(vectorization, monkeypatch):
+    kwargs = {'length': 9, 'fail_at': 2}
+    with make(vectorization=vectorization, kwargs=kwargs) as env:
+        env.reset()
+        for _ in range(7):  # both fail at the second step of every life
+            env.step(ZEROS)
+        with pytest.raises(UserError, match=r'fell over .* It was started again 3 times before\.$'):
+            env.step(ZEROS)
+        assert env.pop_restarts() == 6
+    monkeypatch.setattr(vector, 'ENOUGH_STEPS', 1)
+    with make(vectorization=vectorization, kwargs=kwargs) as env:
+        env.reset()
+        for _ in range(10):
+            env.step(ZEROS)
+        assert env.pop_restarts() == 10
+
+
+def test_killed_workers():
+    """The kernel kills with SIGKILL what takes too much memory; SIGTERM ends the whole run."""
+    with make(vectorization='async', kwargs={'length': 9}) as env:
+        env.reset()
+        env.step(ZEROS)
+        os.kill(env._workers[1].pid, signal.SIGKILL)
+        records, finals = env.step(ZEROS)
+        assert records.is_first.tolist() == [False, True] and finals.streams.tolist() == [1]
+        os.kill(env._workers[0].pid, signal.SIGTERM)
+        with pytest.raises(UserError, match='Environment 0 .* died: .* exit code -15'):
+            env.step(ZEROS)
 
 
 def test_stuck_worker_is_killed(monkeypatch):
@@ -427,14 +511,6 @@ def test_stuck_worker_is_killed(monkeypatch):
     os.kill(worker.pid, signal.SIGSTOP)
     env.close()
     assert worker.exitcode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize('vectorization', ['sync', 'async'])
-def test_numbers_that_are_not_finite(vectorization):
-    with make(vectorization=vectorization, kwargs={'length': 9, 'nan_at': 1}) as env:
-        env.reset()
-        with pytest.raises(UserError, match="observation 'count' that is not finite"):
-            env.step({'action': np.zeros((2, 1), np.int32)})
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])

@@ -456,7 +456,21 @@ def test_mistakes_leave_no_folder(changes, words, tmp_path):
 def test_failing_environment(tmp_path):
     config = counter_config(env__kwargs={'length': 9, 'fail_at': 4})
     with pytest.raises(UserError, match='the robot fell over'):
-        tiny_runs.ticked(config, tmp_path, 9)
+        tiny_runs.ticked(config, tmp_path, 20)
+
+
+def test_restarted_environments_are_counted_and_their_episodes_cut(tmp_path, capsys):
+    kwargs = {'length': 9, 'fail_at': 4, 'once': str(tmp_path / 'failed')}
+    with tiny_runs.ticked(counter_config(env__kwargs=kwargs), tmp_path / 'run', 12) as trainer:
+        trainer.log(final=True)
+        data = stored(trainer)
+        assert trainer.counters['restarts'] == 1
+    assert 'the robot fell over' in capsys.readouterr().out
+    assert tiny_runs.read_metrics(tmp_path / 'run')[-1]['count/restarts'] == 1
+    steps = data['observation/count'][0, :12, 1].tolist()
+    assert steps == [0, 1, 2, 3, 3, 0, 1, 2, 3, 4, 5, 6]  # the last one once more, as the end
+    assert np.flatnonzero(data['is_last'][0, :12]).tolist() == [4]
+    assert np.flatnonzero(data['is_first'][0, :12]).tolist() == [0, 5]
 
 
 # Updates that are not finite.

@@ -25,6 +25,7 @@ LAYERS = (
     'update',
     'sharding checkpoint run_folder',
     'agent',
+    'steps',
     'loop evaluation',
     'cli',
     '__main__',

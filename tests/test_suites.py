@@ -24,6 +24,7 @@ def make(env_id, seed=0, render=False, **changes):
         image_size=0,
         vectorization='sync',
         autoreset='next_step',
+        timeout=600.0,
     )
     return envs.make(ml_collections.ConfigDict({**settings, **changes}), seed, render=render)
 

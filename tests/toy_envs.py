@@ -1,7 +1,9 @@
 """Small environments whose every number is known, importable by worker processes."""
 
 import itertools
+import math
 import os
+import time
 from typing import Any
 
 import gymnasium
@@ -20,7 +22,7 @@ class Counter(gymnasium.Env):
         length: int = 0,
         fail_at: int = -1,
         failure: str = 'raise',
-        nan_at: int = -1,
+        once: str = '',
         render_mode: str | None = None,
     ) -> None:
         self.observation_space = gymnasium.spaces.Dict(
@@ -36,13 +38,15 @@ class Counter(gymnasium.Env):
         self._length = length
         self._fail_at = fail_at
         self._failure = failure
-        self._nan_at = nan_at
+        self._once = once  # a file: only who creates it fails
         self._episode = 0
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
         self._episode += 1
         self._step = 0
+        if self._fail_at == 0 and self._may_fail():
+            raise ValueError('the robot does not get up')
         self._limit = self._length or int(self.np_random.integers(1, 5))
         return self._observation(3), {}
 
@@ -51,9 +55,13 @@ class Counter(gymnasium.Env):
         assert self._step < self._limit, 'stepped after the end'
         self._step += 1
         self.frames += 1
-        if self._step == self._fail_at:
+        if self._step == self._fail_at and self._may_fail():
             if self._failure == 'exit':
                 os._exit(7)
+            if self._failure == 'hang':
+                time.sleep(1000)
+            if self._failure != 'raise':
+                return self._rubbish()
             raise ValueError('the\nrobot fell over')
         ended = self._step == self._limit
         info = {'log/length': self._step, 'log/episode': float(self._episode), 'log/name': 'toy'}
@@ -68,9 +76,29 @@ class Counter(gymnasium.Env):
     def render(self) -> Any:
         return np.full((4, 6, 3), self._step, np.uint8)
 
+    def _may_fail(self) -> bool:
+        if not self._once:
+            return True
+        try:
+            os.close(os.open(self._once, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def _rubbish(self) -> Any:
+        observation, reward = self._observation(0), 1.0
+        if self._failure == 'nan reward':
+            reward = math.nan
+        elif self._failure == 'nan observation':
+            observation['count'][1] = math.nan
+        elif self._failure == 'odd action':
+            observation['action'] = 4
+        else:
+            observation['count'] = np.zeros(3)
+        return observation, reward, False, False, {}
+
     def _observation(self, action: int) -> Any:
-        step = np.nan if self._step == self._nan_at else self._step
-        return {'count': np.array([self._episode, step]), 'action': action}
+        return {'count': np.array([self._episode, self._step], float), 'action': action}
 
 
 class Camera(gymnasium.Env):

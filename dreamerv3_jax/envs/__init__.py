@@ -17,23 +17,28 @@ from dreamerv3_jax.envs.stream import FinalRecords, Records, empty_records
 from dreamerv3_jax.envs.vector import InProcess, VectorEnvironment, open_stream
 from dreamerv3_jax.errors import UserError
 
+MOST_RESTARTS = 3  # of an environment in a row
+
 __all__ = ['FinalRecords', 'Records', 'VectorEnvironment', 'empty_records', 'make']
 
 
-def make(config: Any, seed: int, *, render: bool = False) -> VectorEnvironment:
+def make(
+    config: Any, seed: int, *, render: bool = False, restart: bool = True
+) -> VectorEnvironment:
     """Builds the environments of a preset.
 
     Args:
-      config: the `env` part of a preset: id, kwargs, num_envs, repeat, image_size, vectorization
-        and autoreset (described in `configs/base.py`).
+      config: the `env` part of a preset: id, kwargs, num_envs, repeat, image_size, vectorization,
+        autoreset and timeout (described in `configs/base.py`).
       seed: every environment gets a seed of its own, derived from this one and its index.
       render: make `VectorEnvironment.render` draw, for environments that can.
+      restart: build environments that fail again and go on, unless they fail time after time.
 
     Raises:
       UserError: a setting is wrong, the id is unknown, a package is missing, or the spaces of the
         environment are not supported.
     """
-    settings = _settings(config, seed, render)
+    settings = _settings(config, seed, render, restart)
     if config.vectorization == 'native':
         return Native(settings)
     if config.vectorization == 'async':
@@ -50,7 +55,7 @@ def make(config: Any, seed: int, *, render: bool = False) -> VectorEnvironment:
     return InProcess(settings, first)
 
 
-def _settings(config: Any, seed: int, render: bool) -> Settings:
+def _settings(config: Any, seed: int, render: bool, restart: bool) -> Settings:
     choices = {
         'vectorization': ('auto', 'sync', 'async', 'native'),
         'autoreset': ('next_step', 'same_step'),
@@ -61,6 +66,8 @@ def _settings(config: Any, seed: int, render: bool) -> Settings:
     for name in ('num_envs', 'repeat'):
         if config[name] < 1:
             raise UserError(f'env.{name} must be at least 1, not {config[name]}.')
+    if not config.timeout > 0:
+        raise UserError(f'env.timeout must be more than 0 seconds, not {config.timeout}.')
     if not config.id:
         raise UserError('Name the environment in env.id, for example CartPole-v1.')
     sequences = np.random.SeedSequence(seed).spawn(config.num_envs)
@@ -71,6 +78,8 @@ def _settings(config: Any, seed: int, render: bool) -> Settings:
         image_size=config.image_size,
         autoreset=config.autoreset,
         render=render,
+        restarts=MOST_RESTARTS if restart else 0,
+        timeout=config.timeout,
         # 31 bits, as some environments take no more.
         seeds=tuple(int(sequence.generate_state(1)[0] >> 1) for sequence in sequences),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from dreamerv3_jax.envs.registry import Settings, is_suite, readable_errors
-from dreamerv3_jax.envs.stream import FinalRecords, Records, frame_rate
+from dreamerv3_jax.envs.stream import FinalRecords, Records, check_record, frame_rate
 from dreamerv3_jax.envs.vector import VectorEnvironment, failure
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
@@ -94,6 +94,8 @@ class Native(VectorEnvironment):
             self._observations.convert(_row(info['final_obs'], index)) for index in streams.tolist()
         ]
         observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
+        with self._readable_failures():
+            check_record(self.observation_specs, observation, reward[streams])
         last = np.ones(len(streams), bool)
         records = Records(observation, reward[streams], ~last, last, terminated[streams])
         return FinalRecords(streams, records)
@@ -108,9 +110,14 @@ class Native(VectorEnvironment):
         terminal: np.ndarray | None = None,
     ) -> Records:
         none = np.zeros(self.num_envs, bool)
+        if reward is None:
+            reward = none.astype(np.float32)
+        with self._readable_failures():
+            flat = self._observations.convert(observation, (self.num_envs,))
+            check_record(self.observation_specs, flat, reward)
         return Records(
-            self._observations.convert(observation, (self.num_envs,)),
-            np.zeros(self.num_envs, np.float32) if reward is None else reward.astype(np.float32),
+            flat,
+            reward.astype(np.float32),
             first,
             none if last is None else last,
             none.copy() if terminal is None else terminal,

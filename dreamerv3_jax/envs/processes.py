@@ -9,15 +9,15 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dreamerv3_jax.envs.registry import Settings
-from dreamerv3_jax.envs.stream import FinalRecords, Records, Stream, empty_records
-from dreamerv3_jax.envs.vector import VectorEnvironment, different_spaces, failure, open_stream
+from dreamerv3_jax.envs.stream import Ending, Records, Stream, empty_actions, empty_records
+from dreamerv3_jax.envs.vector import Restartable, different_spaces, failure, open_stream
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
 
@@ -42,7 +42,7 @@ class _Description(NamedTuple):
     frame_rate: float
 
 
-class Processes(VectorEnvironment):
+class Processes(Restartable):
     """Environments that run at the same time: best for slow ones.
 
     Processes are spawned, because forking is not safe once JAX has started its threads.
@@ -50,85 +50,117 @@ class Processes(VectorEnvironment):
 
     def __init__(self, settings: Settings) -> None:
         """Starts the workers and waits until all environments are built."""
-        super().__init__(settings.id)
-        self.num_envs = len(settings.seeds)
+        super().__init__(settings)
         self._connections: list[Connection] = []
         self._workers: list[Any] = []
-        context = multiprocessing.get_context('spawn')
-        with _worker_surroundings():
-            for index in range(self.num_envs):
-                ours, theirs = context.Pipe()
-                worker = context.Process(
-                    target=_work, args=(theirs, settings, index), name=f'env-{index}', daemon=True
-                )
-                worker.start()
-                theirs.close()
-                self._connections.append(ours)
-                self._workers.append(worker)
-        descriptions: list[_Description] = self._receive()
-        observation_specs, action_specs, self.messages, self.frame_rate = descriptions[0]
-        self.observation_specs, self.action_specs = observation_specs, action_specs
-        if any(other[:2] != descriptions[0][:2] for other in descriptions):
+        for row in range(self.num_envs):
+            connection, worker = _start(settings, row)
+            self._connections.append(connection)
+            self._workers.append(worker)
+        rows = range(self.num_envs)
+        descriptions: list[_Description] = self._all_well(self._receive(rows))
+        self._specs = descriptions[0][:2]
+        self.observation_specs, self.action_specs = self._specs
+        self.messages, self.frame_rate = descriptions[0][2:]
+        if any(other[:2] != self._specs for other in descriptions):
             self.close()
             raise different_spaces(settings.id)
+        self._all_well(self._share())
+
+    def _run(self, command: str, rows: Sequence[int]) -> dict[int, Ending | UserError | None]:
+        for row in rows:
+            with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
+                self._connections[row].send(command)
+        return self._receive(rows)
+
+    def _rebuild(self, row: int, settings: Settings) -> None:
+        self._connections[row].close()
+        _stop([self._workers[row]], patience=0.0)
+        self._connections[row], self._workers[row] = _start(settings, row)
+        answer = self._receive([row])[row]
+        if isinstance(answer, UserError):
+            raise answer
+        if answer[:2] != self._specs:
+            raise different_spaces(settings.id)
+        before = _arrays(self._records, self._actions)
+        self._share()  # other workers that have failed are replaced in their turn
+        for old, new in zip(before, _arrays(self._records, self._actions), strict=True):
+            new[:] = old
+
+    def _share(self) -> dict[int, Any]:
+        """Makes arrays that all workers see; returns their answers."""
         with _shared_file() as path:
-            self._records, self._actions = _map_arrays(
-                path, observation_specs, action_specs, self.num_envs
-            )
-            self._call(path)
-
-    def _reset(self) -> Records:
-        self._call('reset')
-        return _copy(self._records)
-
-    def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
-        for name, values in self._actions.items():
-            values[:] = actions[name]
-        endings = self._call('step')
-        return _copy(self._records), self._gather(endings)
+            self._records, self._actions = _map_arrays(path, *self._specs, self.num_envs)
+            return self._run(path, range(self.num_envs))
 
     def render(self) -> np.ndarray | None:
         """Returns a picture of the first environment, or None if it has none."""
-        return self._call('render', slice(1))[0]
+        return self._all_well(self._run('render', [0]))[0]
 
     def close(self) -> None:
         """Ends all workers, by force if they do not react."""
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.send('close')
-        deadline = time.monotonic() + _SHUTDOWN_SECONDS
-        for worker in self._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
+        _stop(self._workers, patience=_SHUTDOWN_SECONDS)
         for connection in self._connections:
             connection.close()
         self._connections, self._workers = [], []
 
-    def _call(self, command: str, which: slice = slice(None)) -> list[Any]:
-        """Gives a command to workers and returns their answers, in order."""
-        for connection in self._connections[which]:
-            with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
-                connection.send(command)
-        return self._receive(which)
-
-    def _receive(self, which: slice = slice(None)) -> list[Any]:
-        answers = []
-        for index, connection in enumerate(self._connections[which]):
-            try:
-                answer = connection.recv()
-            except (EOFError, OSError):
-                self._workers[index].join(_SHUTDOWN_SECONDS)
-                answer = UserError(
-                    f'The process of environment {index} of {self._id} died with exit code '
-                    f"{self._workers[index].exitcode}; try env.vectorization='sync' to see why."
-                )
+    def _all_well(self, answers: dict[int, Any]) -> list[Any]:
+        """Returns the answers where none is an error."""
+        for answer in answers.values():
             if isinstance(answer, UserError):
                 self.close()
                 raise answer
-            answers.append(answer)
-        return answers
+        return list(answers.values())
+
+    def _receive(self, rows: Sequence[int]) -> dict[int, Any]:
+        deadline = time.monotonic() + self._settings.timeout
+        return {row: self._answer(row, deadline) for row in rows}
+
+    def _answer(self, row: int, deadline: float) -> Any:
+        worker, which = self._workers[row], f'Environment {row} of {self._id}'
+        try:
+            if self._connections[row].poll(max(0.0, deadline - time.monotonic())):
+                return self._connections[row].recv()
+        except (EOFError, OSError):
+            worker.join(_SHUTDOWN_SECONDS)
+            error = UserError(
+                f'{which} died: its process ended with exit code {worker.exitcode}; '
+                "try env.vectorization='sync' to see why."
+            )
+            if worker.exitcode == -signal.SIGTERM:  # somebody is ending the whole run
+                self.close()
+                raise error from None
+            return error
+        worker.kill()
+        return UserError(
+            f'{which} did not answer for {self._settings.timeout:g} seconds (env.timeout).'
+        )
+
+
+def _start(settings: Settings, row: int) -> tuple[Connection, Any]:
+    """Starts a worker; its first answer describes the environment."""
+    context = multiprocessing.get_context('spawn')
+    ours, theirs = context.Pipe()
+    with _worker_surroundings():
+        worker = context.Process(
+            target=_work, args=(theirs, settings, row), name=f'env-{row}', daemon=True
+        )
+        worker.start()
+    theirs.close()
+    return ours, worker
+
+
+def _stop(workers: Sequence[Any], patience: float) -> None:
+    """Waits for workers to end, and kills those that still run after some seconds."""
+    deadline = time.monotonic() + patience
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _work(connection: Connection, settings: Settings, index: int) -> None:
@@ -139,11 +171,8 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
         stream = open_stream(settings, index)
         specs = stream.observation_specs, stream.action_specs
         connection.send(_Description(*specs, stream.messages, stream.frame_rate))
-        path = connection.recv()
-        if path == 'close':
-            return
-        records, actions = _map_arrays(path, *specs, len(settings.seeds))
-        connection.send(None)
+        records: Any = None
+        actions: Any = None
         while (command := connection.recv()) != 'close':
             if command == 'step':
                 connection.send(stream.step(actions, records, index))
@@ -152,6 +181,9 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
                 connection.send(None)
             elif command == 'render':
                 connection.send(stream.render())
+            else:  # a file to share: the first command, and again when another worker is replaced
+                records, actions = _map_arrays(command, *specs, len(settings.seeds))
+                connection.send(None)
     except Exception as error:
         message = failure(settings.id, index, error)
         message.add_note(''.join(traceback.format_exception(error)))
@@ -204,10 +236,8 @@ def _map_arrays(
 ) -> tuple[Records, dict[str, np.ndarray]]:
     """Returns records and actions of `count` environments, as views of a shared file."""
     records = empty_records(observation_specs, count)
-    actions = {
-        name: np.empty((count, *spec.shape), spec.dtype) for name, spec in action_specs.items()
-    }
-    arrays = [*records.observation.values(), *records[1:], *actions.values()]
+    actions = empty_actions(action_specs, count)
+    arrays = _arrays(records, actions)
     starts = np.cumsum([0, *(-(-array.nbytes // 64) * 64 for array in arrays)])
     with open(path, 'r+b') as file:
         file.truncate(starts[-1])
@@ -225,9 +255,5 @@ def _map_arrays(
     )
 
 
-def _copy(records: Records) -> Records:
-    observation, *flags = records
-    return Records(
-        {name: values.copy() for name, values in observation.items()},
-        *(values.copy() for values in flags),
-    )
+def _arrays(records: Records, actions: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [*records.observation.values(), *records[1:], *actions.values()]

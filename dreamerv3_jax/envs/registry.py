@@ -52,6 +52,8 @@ class Settings:
     autoreset: str
     render: bool
     seeds: tuple[int, ...]  # one per environment
+    restarts: int  # of a failing environment in a row
+    timeout: float  # seconds after which a process that does not answer is given up
 
 
 def is_suite(env_id: str) -> bool:

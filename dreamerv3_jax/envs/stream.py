@@ -8,6 +8,7 @@ import numpy as np
 from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
 
 _USUAL_FRAME_RATE = 30.0  # of environments that do not say
+_LARGEST = float(np.finfo(np.float32).max)
 _NUMBERS = (bool, int, float, np.bool_, np.number)
 
 
@@ -28,6 +29,10 @@ class FinalRecords(NamedTuple):
     records: Records  # M of them, all is_last
 
 
+class BadRecord(Exception):
+    """What an environment returned cannot be learned from; the text goes on after 'returned'."""
+
+
 class Ending(NamedTuple):
     """What a stream reports besides its record when an episode ended."""
 
@@ -44,6 +49,11 @@ def empty_records(specs: dict[str, ArraySpec], count: int) -> Records:
         np.empty(count, bool),
         np.empty(count, bool),
     )
+
+
+def empty_actions(specs: dict[str, ArraySpec], count: int) -> dict[str, np.ndarray]:
+    """Returns uninitialised actions for `count` streams."""
+    return {name: np.empty((count, *spec.shape), spec.dtype) for name, spec in specs.items()}
 
 
 def write_record(
@@ -88,17 +98,28 @@ class Stream:
         self.frame_rate = frame_rate(env.metadata)
 
     def reset(self, records: Records, row: int) -> None:
-        """Starts an episode and writes its first record into row `row`."""
+        """Starts an episode and writes its first record into row `row`.
+
+        Raises:
+          BadRecord: the observation is no part of a world.
+          Exception: whatever the environment raises.
+        """
         observation, _ = self._env.reset(seed=self._seed)
         self._seed = None  # later episodes continue the environment's own random numbers
         self._ended = False
-        write_record(records, row, self._observations.convert(observation), first=True)
+        flat = self._observations.convert(observation)
+        check_record(self.observation_specs, flat, 0.0)
+        write_record(records, row, flat, first=True)
 
     def step(self, actions: dict[str, np.ndarray], records: Records, row: int) -> Ending | None:
         """Takes the action in row `row` of `actions` and writes the record into that row.
 
         Returns:
           None, or on the step that ends an episode what is known only then.
+
+        Raises:
+          BadRecord: the observation or the reward is no part of a world.
+          Exception: whatever the environment raises.
         """
         if self._ended:
             self.reset(records, row)
@@ -106,6 +127,7 @@ class Stream:
         action = self._actions.convert(actions, row)
         observation, reward, terminated, truncated, info = self._env.step(action)
         flat = self._observations.convert(observation)
+        check_record(self.observation_specs, flat, float(reward))
         if not (terminated or truncated):
             write_record(records, row, flat, float(reward))
             return None
@@ -126,6 +148,29 @@ class Stream:
     def close(self) -> None:
         """Releases the environment."""
         self._env.close()
+
+
+def check_record(
+    specs: dict[str, ArraySpec], observation: dict[str, np.ndarray], reward: Any
+) -> None:
+    """Refuses what would silently turn every parameter of the agent into NaN.
+
+    Args:
+      specs: of the observation.
+      observation: arrays of any leading shape.
+      reward: one number, or an array of them.
+
+    Raises:
+      BadRecord: a number is not finite, or a class does not exist.
+    """
+    for name, value in observation.items():
+        spec = specs[name]
+        if spec.kind == 'continuous' and not np.isfinite(value).all():
+            raise BadRecord(f'an observation {name!r} that is not finite; repair or clip it.')
+        if spec.kind == 'discrete' and ((value < 0) | (value >= spec.classes)).any():
+            raise BadRecord(f'an observation {name!r} outside of its space; correct the space.')
+    if not (np.abs(reward) <= _LARGEST).all():  # false for what is no number
+        raise BadRecord('a reward that is not finite; repair or clip it.')
 
 
 class ActionRepeat(gymnasium.Wrapper):

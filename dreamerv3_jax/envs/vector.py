@@ -1,23 +1,29 @@
 """Several environments stepped together."""
 
 import abc
+import contextlib
+import dataclasses
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from dreamerv3_jax.envs.registry import Settings, make_env
 from dreamerv3_jax.envs.stream import (
+    BadRecord,
     Ending,
     FinalRecords,
     Records,
     Stream,
+    empty_actions,
     empty_records,
     write_record,
 )
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
+
+ENOUGH_STEPS = 1000  # without a failure, after which the next one is the first in a row
 
 
 class VectorEnvironment(abc.ABC):
@@ -27,7 +33,8 @@ class VectorEnvironment(abc.ABC):
       num_envs: N.
       observation_specs: the arrays of an observation by name, sorted.
       action_specs: the arrays of an action by name, sorted.
-      messages: what the user should know about conversions, one sentence each.
+      messages: what the user should know, one sentence each; more come while it runs, and who has
+        shown them takes them away.
       frame_rate: steps in a second of the environment's own time.
     """
 
@@ -40,14 +47,15 @@ class VectorEnvironment(abc.ABC):
     def __init__(self, env_id: str) -> None:
         self._id = env_id
         self._logs: dict[str, list[float]] = {}
+        self._restarts = 0
 
     def reset(self) -> Records:
         """Starts a new episode in every stream; all records are `is_first`.
 
         Raises:
-          UserError: an environment failed.
+          UserError: an environment failed, and again when it was built anew.
         """
-        return self._checked(self._reset())
+        return self._reset()
 
     def step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
         """Advances every stream by one record.
@@ -57,16 +65,14 @@ class VectorEnvironment(abc.ABC):
             streams that are about to be reset are ignored.
 
         Returns:
-          The records, and under autoreset 'same_step' the terminal records of the streams that
-          ended on this tick, which come before the normal ones.
+          The records, and the last records of the streams that ended on this tick and have begun
+          again, which come before the normal ones: under autoreset 'same_step' always, otherwise
+          where an environment failed.
 
         Raises:
-          UserError: an environment failed.
+          UserError: an environment failed, and again when it was built anew.
         """
-        records, finals = self._step(actions)
-        if finals is not None:
-            self._checked(finals.records)
-        return self._checked(records), finals
+        return self._step(actions)
 
     def pop_logs(self) -> dict[str, float]:
         """Returns and forgets the means, over the episodes that ended, of what environments log.
@@ -75,6 +81,11 @@ class VectorEnvironment(abc.ABC):
         """
         logs, self._logs = self._logs, {}
         return {name: float(np.mean(values)) for name, values in sorted(logs.items())}
+
+    def pop_restarts(self) -> int:
+        """Returns and forgets how many environments failed and were built again."""
+        restarts, self._restarts = self._restarts, 0
+        return restarts
 
     @abc.abstractmethod
     def render(self) -> np.ndarray | None:
@@ -95,17 +106,6 @@ class VectorEnvironment(abc.ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _checked(self, records: Records) -> Records:
-        """Refuses what would silently turn every parameter of the agent into NaN."""
-        arrays = {f'observation {name!r}': value for name, value in records.observation.items()}
-        arrays['reward'] = records.reward
-        for name, values in arrays.items():
-            if values.dtype == np.float32 and not np.isfinite(values).all():
-                raise UserError(
-                    f'{self._id} returned a {name} that is not finite; repair or clip it.'
-                )
-        return records
 
     def _gather(self, endings: Sequence[Ending | None]) -> FinalRecords | None:
         """Collects the reports of the streams that ended."""
@@ -129,13 +129,96 @@ class VectorEnvironment(abc.ABC):
             self._logs.setdefault(name, []).append(value)
 
 
-class InProcess(VectorEnvironment):
+class Restartable(VectorEnvironment):
+    """Environments of which each is built again when it fails, while the others go on.
+
+    The episode that was under way is cut: it ends with the observation that was there before.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Prepares; nothing is built."""
+        super().__init__(settings.id)
+        self.num_envs = len(settings.seeds)
+        self._settings = settings
+        self._records: Records  # written by the environments, read here
+        self._actions: dict[str, np.ndarray]  # the other way round
+        self._latest: Records | None = None  # what was returned last
+        self._failures = np.zeros(self.num_envs, np.int64)  # in a row
+        self._survived = np.zeros(self.num_envs, np.int64)  # steps since the last failure
+
+    @abc.abstractmethod
+    def _run(self, command: str, rows: Sequence[int]) -> dict[int, Ending | UserError | None]:
+        """Lets environments 'reset' or 'step', and returns what each says."""
+
+    @abc.abstractmethod
+    def _rebuild(self, row: int, settings: Settings) -> None:
+        """Builds an environment again.
+
+        Raises:
+          UserError: that failed.
+        """
+
+    def _reset(self) -> Records:
+        return self._advance('reset')[0]
+
+    def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
+        for name, values in self._actions.items():
+            values[:] = actions[name]
+        return self._advance('step')
+
+    def _advance(self, command: str) -> tuple[Records, FinalRecords | None]:
+        answers = self._run(command, range(self.num_envs))
+        self._survived += 1
+        endings = [
+            self._replace(row, answer) if isinstance(answer, UserError) else answer
+            for row, answer in answers.items()
+        ]
+        self._latest = _copy(self._records)
+        return self._latest, self._gather(endings)
+
+    def _replace(self, row: int, error: UserError) -> Ending | None:
+        """Builds an environment that failed again, and starts an episode in it."""
+        answer: Any = error
+        while isinstance(answer, UserError):
+            self._count_failure(row, answer)
+            try:
+                self._rebuild(row, self._reseeded(row))
+                answer = self._run('reset', [row])[row]
+            except UserError as again:
+                answer = again
+        if self._latest is None or self._latest.is_last[row]:
+            return None
+        observation = {name: value[row] for name, value in self._latest.observation.items()}
+        return Ending({}, (observation, 0.0, False))
+
+    def _count_failure(self, row: int, error: UserError) -> None:
+        if self._survived[row] > ENOUGH_STEPS:
+            self._failures[row] = 0
+        if self._failures[row] == self._settings.restarts:
+            self.close()
+            if not self._failures[row]:
+                raise error
+            times = f'It was started again {self._failures[row]} times before.'
+            raise UserError(f'{error} {times}') from error
+        self._failures[row] += 1
+        self._survived[row] = 0
+        self._restarts += 1
+        self.messages.append(f'{error} It is started again.')
+
+    def _reseeded(self, row: int) -> Settings:
+        """Another seed for another life: the same episode would fail once more."""
+        seeds = list(self._settings.seeds)
+        sequence = np.random.SeedSequence([seeds[row], self._restarts])
+        seeds[row] = int(sequence.generate_state(1)[0] >> 1)
+        return dataclasses.replace(self._settings, seeds=tuple(seeds))
+
+
+class InProcess(Restartable):
     """Environments stepped one after the other in this process: best for fast ones."""
 
     def __init__(self, settings: Settings, first: Stream | None = None) -> None:
         """Builds the environments, except `first` if it is given."""
-        super().__init__(settings.id)
-        self.num_envs = len(settings.seeds)
+        super().__init__(settings)
         self._streams = [first] if first else []
         while len(self._streams) < self.num_envs:
             self._streams.append(open_stream(settings, len(self._streams)))
@@ -143,29 +226,36 @@ class InProcess(VectorEnvironment):
         self.action_specs = self._streams[0].action_specs
         self.messages = self._streams[0].messages
         self.frame_rate = self._streams[0].frame_rate
-        specs = [(stream.observation_specs, stream.action_specs) for stream in self._streams]
-        if any(other != specs[0] for other in specs):
+        if not all(self._fits(stream) for stream in self._streams):
             self.close()
             raise different_spaces(settings.id)
+        self._records = empty_records(self.observation_specs, self.num_envs)
+        self._actions = empty_actions(self.action_specs, self.num_envs)
 
-    def _reset(self) -> Records:
-        records = empty_records(self.observation_specs, self.num_envs)
-        for row, stream in enumerate(self._streams):
-            try:
-                stream.reset(records, row)
-            except Exception as error:
-                raise failure(self._id, row, error) from error
-        return records
+    def _fits(self, stream: Stream) -> bool:
+        own = self.observation_specs, self.action_specs
+        return (stream.observation_specs, stream.action_specs) == own
 
-    def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
-        records = empty_records(self.observation_specs, self.num_envs)
-        endings: list[Ending | None] = []
-        for row, stream in enumerate(self._streams):
+    def _run(self, command: str, rows: Sequence[int]) -> dict[int, Ending | UserError | None]:
+        answers: dict[int, Ending | UserError | None] = {}
+        for row in rows:
             try:
-                endings.append(stream.step(actions, records, row))
+                answers[row] = None
+                if command == 'reset':
+                    self._streams[row].reset(self._records, row)
+                else:
+                    answers[row] = self._streams[row].step(self._actions, self._records, row)
             except Exception as error:
-                raise failure(self._id, row, error) from error
-        return records, self._gather(endings)
+                answers[row] = failure(self._id, row, error)
+        return answers
+
+    def _rebuild(self, row: int, settings: Settings) -> None:
+        with contextlib.suppress(Exception):  # it is broken
+            self._streams[row].close()
+        stream = open_stream(settings, row)
+        if not self._fits(stream):
+            raise different_spaces(settings.id)
+        self._streams[row] = stream
 
     def render(self) -> np.ndarray | None:
         """Returns a picture of the first environment, or None if it has none."""
@@ -207,8 +297,18 @@ def failure(env_id: str, index: int | None, error: Exception) -> UserError:
     """Returns one readable sentence about an exception in an environment, or in all of them."""
     if isinstance(error, UserError):
         return error
+    which = env_id if index is None else f'Environment {index} of {env_id}'
+    if isinstance(error, BadRecord):
+        return UserError(f'{which} returned {error}')
     frames = traceback.extract_tb(error.__traceback__)
     place = f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
     text = ' '.join(str(error).split())
-    which = env_id if index is None else f'Environment {index} of {env_id}'
-    return UserError(f'{which} failed: {type(error).__name__}: {text}{place}')
+    return UserError(f'{which} failed: {type(error).__name__}: {text}{place}.')
+
+
+def _copy(records: Records) -> Records:
+    observation, *flags = records
+    return Records(
+        {name: values.copy() for name, values in observation.items()},
+        *(values.copy() for values in flags),
+    )

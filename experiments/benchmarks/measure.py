@@ -166,8 +166,8 @@ def measure_policy(size: str, kind: str, count: int, runs: int) -> dict[str, Any
 def measure_replay(kind: str, runs: int) -> dict[str, Any]:
     import numpy as np
 
-    from dreamerv3_jax.loop import replay_specs
     from dreamerv3_jax.replay import Replay
+    from dreamerv3_jax.steps import replay_specs
 
     agent, streams = make_agent('size1m', kind), 16
     specs = replay_specs(agent)
