@@ -27,6 +27,10 @@ def latest_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
 class Saved(NamedTuple):
     """What a checkpoint holds."""
 
@@ -77,7 +81,7 @@ class Checkpointer:
         """Writes a checkpoint; when this returns it is complete on disk.
 
         Raises:
-          UserError: it cannot be written, for example because the disk is full.
+          SaveError: it cannot be written, for example because the disk is full.
         """
         if step in self._manager.all_steps():
             return
@@ -93,11 +97,12 @@ class Checkpointer:
                 self._manager.save(step, args=ocp.args.Composite(**items))
                 self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise UserError(
+            raise SaveError(
                 f'Cannot write the checkpoint {self._folder / str(step)}: {_one_line(error)}'
             ) from error
-        for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # of a run that was killed
-            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore_state(self, abstract: TrainState) -> TrainState:
         """Reads the newest train state onto the shardings of `abstract`.

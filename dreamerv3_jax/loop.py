@@ -98,8 +98,6 @@ class Trainer:
         self._progress.episodes = counters['episodes']
         self._writer = MetricWriter(logdir, resume_step=counters['frames'])
         self._show_messages()
-        for message in self._writer.messages:
-            self._progress.message(message)
         if resumed is not None:
             self._progress.message(
                 f'Going on at {self.counters["frames"]:,} frames and '
@@ -163,7 +161,7 @@ class Trainer:
                     logged = now
                 if now - saved >= run.checkpoint_every:
                     with self._timer.section('checkpoint'):
-                        self.save()
+                        self._try_to_save()
                     saved = now
             self.log(final=True)
             self.save()
@@ -211,10 +209,11 @@ class Trainer:
         self._count_episodes(np.arange(self._env.num_envs), self._records)
 
     def _show_messages(self) -> None:
-        """Shows what the environments have to say, and counts those that were built again."""
-        for message in self._env.messages:
-            self._progress.message(message)
-        self._env.messages.clear()
+        """Shows what there is to say, and counts the environments that were built again."""
+        for messages in (self._env.messages, self._writer.messages):
+            for message in messages:
+                self._progress.message(message)
+            messages.clear()
         self.counters['restarts'] += self._env.pop_restarts()
 
     def _update(self) -> None:
@@ -284,8 +283,21 @@ class Trainer:
         self._writer.write(self.counters['frames'])
         self._timer.restart()
 
+    def _try_to_save(self) -> None:
+        try:
+            self.save()
+        except checkpoint.SaveError as error:
+            self._progress.message(
+                f'{str(error).rstrip(".")}. Training goes on; the next attempt is in '
+                f'{self._config.run.checkpoint_every:g} seconds.'
+            )
+
     def save(self) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint.
+
+        Raises:
+          SaveError: it cannot be written.
+        """
         self._finish_update()
         replay = self._replay.state() if self._config.run.checkpoint_replay else None
         counters = {**self.counters, 'ratio': self._ratio.state()}

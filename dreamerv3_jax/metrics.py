@@ -4,6 +4,7 @@ Host side, standard library only; `tensorboardX` is used where it is installed.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 TENSORBOARD_HINT = (
     'No TensorBoard logs: tensorboardX is missing; pip install "dreamerv3-jax[tensorboard]".'
 )
+TENSORBOARD_ROOM = 1_000_000  # bytes
 RATE_WINDOW = 30.0  # seconds over which the progress line averages its rates
 RECENT_EPISODES = 20  # over which the progress line averages the score
 SEPARATOR = '  '
@@ -62,7 +64,7 @@ class MetricWriter:
           tensorboard: whether to write TensorBoard events too, if possible.
           clock: time in seconds since the epoch.
         """
-        self.messages: list[str] = []  # for the user, once
+        self.messages: list[str] = []  # for the user; who has shown them takes them away
         self._clock = clock
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -70,7 +72,9 @@ class MetricWriter:
         path = directory / 'metrics.jsonl'
         if path.exists():
             os.truncate(path, _usable_bytes(path, resume_step))
-        self._file = path.open('a', encoding='utf-8')
+        self._path = path
+        self._file = path.open('ab', buffering=0)
+        self._full = False  # the last line did not fit on the disk
         self._tensorboard = self._open_tensorboard(directory, resume_step) if tensorboard else None
 
     def add(self, metrics: Mapping[str, Any], prefix: str = '') -> None:
@@ -91,20 +95,40 @@ class MetricWriter:
         self._counts.clear()
         if not means:
             return means
-        self._file.write(format_record(step, self._clock(), means) + '\n')
-        self._file.flush()
-        if self._tensorboard is not None:
+        self._append(format_record(step, self._clock(), means) + '\n')
+        if self._tensorboard is not None and self._has_room():
             for name, value in means.items():
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         return means
 
+    def _append(self, line: str) -> None:
+        """Appends a whole line or nothing."""
+        data, size = line.encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._full = False
+        except OSError as error:
+            self._file.truncate(size)
+            if not self._full:
+                self.messages.append(
+                    f'Cannot write to {self._path} ({error.strerror}); training goes on, and '
+                    'metrics are left out until it is possible again.'
+                )
+            self._full = True
+
+    def _has_room(self) -> bool:
+        """tensorboardX writes from a thread, which does not survive a full disk."""
+        return shutil.disk_usage(self._path.parent).free > TENSORBOARD_ROOM
+
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # the disk is full
+                self._tensorboard.close()
 
     def _open_tensorboard(self, directory: Path, resume_step: int | None) -> Any:
         try:
@@ -113,7 +137,9 @@ class MetricWriter:
             self.messages.append(TENSORBOARD_HINT)
             return None
         purge = None if resume_step is None else resume_step + 1
-        return tensorboardX.SummaryWriter(str(directory), purge_step=purge)
+        writer = tensorboardX.SummaryWriter(str(directory), purge_step=purge)
+        writer.flush()  # nothing is left to write later, when the disk may be full
+        return writer
 
 
 class Timer:

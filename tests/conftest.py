@@ -4,6 +4,8 @@ from dreamerv3_jax import startup
 
 startup.tune_cpu()
 
+import contextlib  # noqa: E402
+import subprocess  # noqa: E402
 import sys  # noqa: E402
 import types  # noqa: E402
 
@@ -31,6 +33,35 @@ def cache_folder(tmp_path_factory):
         patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
         patch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
         yield
+
+
+class SmallDisk:
+    """A file system of 3 MB that can be filled to the last byte."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def fill(self):
+        with contextlib.suppress(OSError), (self.folder / 'big').open('wb', 0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    def empty(self):
+        (self.folder / 'big').unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real one; mounting needs root."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip('cannot mount a file system')
+    yield SmallDisk(folder)
+    subprocess.run(['umount', '--lazy', str(folder)], check=True)
 
 
 @pytest.fixture

@@ -525,6 +525,34 @@ def test_too_many_skipped_updates_stop_the_run_and_keep_the_checkpoint(tmp_path,
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(trainer._state))
 
 
+@pytest.mark.medium
+def test_a_full_disk_costs_checkpoints_only(small_disk, capsys):
+    folder = small_disk.folder / 'run'
+    config = counter_config(run__checkpoint_every=1e-9, run__steps=10_000)
+
+    def checkpoints():
+        return sorted(path.name for path in (folder / 'checkpoints').iterdir())
+
+    with tiny_runs.ticked(config, folder, 20) as trainer:
+        trainer.save()
+        before = checkpoints()
+        small_disk.fill()
+        for _ in range(5):
+            trainer.tick()
+            trainer._try_to_save()
+        assert before == checkpoints() == ['20']  # and nothing half done
+        with pytest.raises(UserError, match='Cannot write the checkpoint'):
+            trainer.save()  # as at the end of the run
+    out = capsys.readouterr().out
+    assert out.count('No space left on device. Training goes on; the next attempt is in') == 5
+    small_disk.empty()
+    with Trainer(config, folder, 'tiny') as trainer:
+        assert trainer.counters['ticks'] == 20
+        trainer.tick()
+        trainer._try_to_save()
+    assert checkpoints() == ['20', '21']
+
+
 # Ctrl-C, and SIGTERM before a machine is taken away.
 
 

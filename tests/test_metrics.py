@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -152,9 +153,35 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path):
     assert b'loss' in content and b'bad' not in content
 
 
+@pytest.mark.parametrize('tensorboard', [False, True])
+def test_a_full_disk_costs_whole_lines_only(tensorboard, small_disk):
+    if tensorboard:
+        pytest.importorskip('tensorboardX')
+    writer = make_writer(small_disk.folder, tensorboard=tensorboard)
+    for step in range(1, 200):
+        if step == 10:
+            small_disk.fill()
+        if step == 150:
+            small_disk.empty()
+        writer.add({'loss': step, 'a metric with a long name': 1 / 3})
+        writer.write(step)
+    writer.close()
+    steps = [line['step'] for line in read_lines(small_disk.folder)]
+    before = steps.index(150)
+    assert steps == [*range(1, before + 1), *range(150, 200)]
+    assert 10 <= before < 149  # the first lines fit into the last block
+    (message,) = writer.messages
+    assert 'metrics.jsonl (No space left on device); training goes on' in message
+
+
 def test_tensorboard_hides_what_follows_the_resumed_step(tmp_path, monkeypatch):
     opened = []
-    library = types.SimpleNamespace(SummaryWriter=lambda *args, **kwargs: opened.append(kwargs))
+
+    def open_writer(_, **options):
+        opened.append(options)
+        return mock.Mock()
+
+    library = types.SimpleNamespace(SummaryWriter=open_writer)
     monkeypatch.setitem(sys.modules, 'tensorboardX', library)
     make_writer(tmp_path, tensorboard=True).close()
     make_writer(tmp_path, tensorboard=True, resume_step=20).close()
