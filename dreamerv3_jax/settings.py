@@ -36,6 +36,7 @@ _POSITIVE = (
     'replay.train_ratio',
     'run.log_every',
     'run.checkpoint_every',
+    'env.timeout',
     'agent.learning_rate',
     'agent.min_std',
     'agent.return_limit',

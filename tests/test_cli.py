@@ -6,11 +6,13 @@ import textwrap
 import types
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
 import dreamerv3_jax
-from dreamerv3_jax import cli
+from dreamerv3_jax import cli, settings
 from dreamerv3_jax.errors import UserError
 
 
@@ -133,6 +135,44 @@ def test_mistakes(arguments, words, capsys, folder, trained, evaluated):
     (folder / 'run').mkdir()
     assert words in mistake(capsys, *arguments.split())
     assert not trained and not evaluated
+
+
+KEYS = st.sampled_from(settings.names()) | st.sampled_from(
+    ['seed.x', 'agent', 'env.kwargs', 'env.kwargs.', 'env.kwargs.a', 'env.kwargs.1', 'replay', '']
+)
+ODD = """0 -1 1 2 7 1e6 1e400 -1e400 nan inf 0.5 1.5 true None [] [1 {"a":1} () ' = -- \u00e9 0x10
+    1_0 auto nano native bfloat16 CartPole-v1 dmc/walker_walk a:b / 1111111111111111111111"""
+VALUES = (
+    st.sampled_from(['', ' ', *ODD.split()])
+    | st.text(max_size=8)
+    | st.integers().map(str)
+    | st.floats().map(repr)
+)
+CHANGE = st.tuples(KEYS | st.text(max_size=12), VALUES | st.none())
+
+
+@hypothesis.settings(
+    max_examples=1000,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    preset=st.sampled_from(['quickstart', 'gymnasium:size12m', 'dmc_vision', 'atari']),
+    changes=st.lists(CHANGE, min_size=1, max_size=3),
+)
+def test_any_change_is_accepted_or_answered(preset, changes, capsys, folder, trained):
+    """Whatever is typed: the run starts, or one sentence says why not and nothing is written."""
+    arguments = ['train', f'--config={preset}', '--config.env.id=CartPole-v1']
+    for key, value in changes:
+        arguments.append(f'--config.{key}' + ('' if value is None else f'={value}'))
+    trained.clear()
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    assert (code, len(trained)) in ((0, 1), (2, 0)), arguments
+    if code:
+        assert captured.out == ''
+        assert captured.err.startswith('dreamerv3-jax: ') and captured.err.count('\n') == 1
+        assert captured.err.rstrip()[-1] in '.?)', captured.err
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(
