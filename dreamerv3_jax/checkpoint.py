@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ def latest_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
-class SaveError(UserError):
-    """A checkpoint could not be written; those before it are whole."""
+class NoRoom(UserError):
+    """The disk is too full for a checkpoint; those before it are whole."""
 
 
 class Saved(NamedTuple):
@@ -81,7 +82,8 @@ class Checkpointer:
         """Writes a checkpoint; when this returns it is complete on disk.
 
         Raises:
-          SaveError: it cannot be written, for example because the disk is full.
+          NoRoom: the disk is full, or its part for this user.
+          UserError: it cannot be written for another reason.
         """
         if step in self._manager.all_steps():
             return
@@ -97,9 +99,9 @@ class Checkpointer:
                 self._manager.save(step, args=ocp.args.Composite(**items))
                 self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise SaveError(
-                f'Cannot write the checkpoint {self._folder / str(step)}: {_one_line(error)}'
-            ) from error
+            text = _one_line(error)
+            kind = NoRoom if re.search('no space left|quota', text, re.IGNORECASE) else UserError
+            raise kind(f'Cannot write the checkpoint {self._folder / str(step)}: {text}') from error
         finally:
             for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run
                 shutil.rmtree(path, ignore_errors=True)

@@ -16,9 +16,11 @@ import numpy as np
 from dreamerv3_jax import checkpoint, envs, run_folder, sharding, steps
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.metrics import MetricWriter, ProgressLine, Timer
-from dreamerv3_jax.replay import Replay, TrainRatio, bytes_per_step, check_memory
+from dreamerv3_jax.metrics import MetricWriter
+from dreamerv3_jax.progress import ProgressLine, Timer
+from dreamerv3_jax.replay import Replay, bytes_per_step, check_memory
 from dreamerv3_jax.spaces import ArraySpec
+from dreamerv3_jax.train_ratio import TrainRatio
 from dreamerv3_jax.types import Metrics, StoredLatent
 
 MOST_SKIPPED = 10  # updates in a row
@@ -117,6 +119,7 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._show_messages()
         self._progress.close()
         self._writer.close()
         self._checkpointer.close()
@@ -286,7 +289,7 @@ class Trainer:
     def _try_to_save(self) -> None:
         try:
             self.save()
-        except checkpoint.SaveError as error:
+        except checkpoint.NoRoom as error:
             self._progress.message(
                 f'{str(error).rstrip(".")}. Training goes on; the next attempt is in '
                 f'{self._config.run.checkpoint_every:g} seconds.'
@@ -296,7 +299,8 @@ class Trainer:
         """Writes a checkpoint.
 
         Raises:
-          SaveError: it cannot be written.
+          NoRoom: the disk is full.
+          UserError: it cannot be written for another reason.
         """
         self._finish_update()
         replay = self._replay.state() if self._config.run.checkpoint_replay else None

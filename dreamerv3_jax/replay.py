@@ -11,7 +11,6 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -288,52 +287,6 @@ class Replay:
         return value
 
 
-class TrainRatio:
-    """Says how many updates are due so that every agent step is replayed `ratio` times on average.
-
-    Example:
-      >>> train_ratio = TrainRatio(32, batch_steps=1024)
-      >>> [train_ratio.due(agent_steps) for agent_steps in (500, 516, 532, 564, 660)]
-      [1, 0, 1, 1, 3]
-    """
-
-    def __init__(self, ratio: float, batch_steps: int) -> None:
-        """Sets the rate; `batch_steps` is the number of trained steps of an update, B * T.
-
-        Raises:
-          UserError: the ratio is negative or not a number.
-        """
-        if not (math.isfinite(ratio) and ratio >= 0):
-            raise UserError(f'--config.replay.train_ratio must be a number from 0 up, not {ratio}.')
-        # Fractions of the decimal digits that the user typed: nothing is ever rounded.
-        self._rate = Fraction(str(ratio)) / batch_steps
-        self._credit = Fraction(0)  # of updates
-        self._last: int | None = None
-
-    def due(self, agent_steps: int) -> int:
-        """Returns the number of updates due now: 1 at the first call, where the count starts."""
-        if self._last is None:
-            self._credit = Fraction(1 if self._rate else 0)
-        else:
-            self._credit += (agent_steps - self._last) * self._rate
-        self._last = int(agent_steps)
-        updates = max(math.floor(self._credit), 0)
-        self._credit -= updates
-        return updates
-
-    def give_back(self, updates: int) -> None:
-        """Takes back updates that were due but not done; they are due at the next call."""
-        self._credit += updates
-
-    def state(self) -> dict[str, Any]:
-        """Returns plain values that JSON can hold."""
-        return {'last': self._last, 'credit': str(self._credit)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state` returned; the ratio may have changed since."""
-        self._last, self._credit = state['last'], Fraction(state['credit'])
-
-
 def bytes_per_step(specs: Specs) -> int:
     """Returns the size of one record."""
     return 1 + sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs.values())
@@ -370,9 +323,20 @@ def _allocate(
     if directory is None:
         return np.zeros(shape, dtype)
     directory.mkdir(parents=True, exist_ok=True)
-    return np.asarray(
-        np.memmap(directory / f'{quote(name, safe="")}.ring', dtype, 'w+', shape=shape)
-    )
+    path = directory / f'{quote(name, safe="")}.ring'
+    ring = np.memmap(path, dtype, 'w+', shape=shape)
+    # A hole in the file would be filled when it is first written to, which on a disk that is full
+    # by then ends the process.
+    if hasattr(os, 'posix_fallocate'):
+        try:
+            with path.open('r+b') as file:
+                os.posix_fallocate(file.fileno(), 0, ring.nbytes)
+        except OSError as error:
+            raise UserError(
+                f'The replay takes {ring.nbytes:,} bytes in {path}: {error.strerror}; set a '
+                'smaller --config.replay.capacity.'
+            ) from error
+    return np.asarray(ring)
 
 
 def _available_disk(directory: Path) -> int:

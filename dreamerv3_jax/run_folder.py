@@ -9,9 +9,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError
 
-MAY_CHANGE = ('logdir', 'mesh.', 'run.')  # settings that a later start may change
+MAY_CHANGE = ('logdir', 'mesh.', 'run.', 'env.timeout')  # settings that a later start may change
 
 
 class Lock:
@@ -87,12 +88,14 @@ def read_config(logdir: Path) -> ml_collections.ConfigDict:
     """
     path = logdir / 'config.json'
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
+        settings = json.loads(path.read_text())
+        settings['env'] = base.get_config().env.to_dict() | settings['env']  # of an older version
+        return ml_collections.ConfigDict(settings)
     except OSError as error:
         raise UserError(
             f'{logdir} holds no run: {path.name} cannot be read ({error.strerror}).'
         ) from error
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path} is damaged: {error}.') from error
 
 

@@ -16,7 +16,7 @@ from dreamerv3_jax import envs
 from dreamerv3_jax.envs import processes, registry, vector
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
-from dreamerv3_jax.envs.vector import InProcess
+from dreamerv3_jax.envs.vector import InProcess, Terminated
 from dreamerv3_jax.errors import UserError
 
 COUNTER = 'toy_envs:Counter'
@@ -443,17 +443,13 @@ def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what
     with make(num_envs=3, vectorization=vectorization, **changes) as env:
         env.reset()
         env.step(ZEROS)
-        before, _ = env.step(ZEROS)
+        env.step(ZEROS)
         records, finals = env.step(ZEROS)
         (row,) = np.flatnonzero(records.is_first)
         count = records.observation['count']
         assert count[row].tolist() == [1, 0] and (np.delete(count, row, 0) == [1, 3]).all()
         assert records.reward[row] == 0 and not records.is_last[row]
-        assert finals.streams.tolist() == [row]
-        (last,) = finals.records.observation['count']
-        assert last.tolist() == before.observation['count'][row].tolist() == [1, 2]
-        flags = finals.records[1:]
-        assert [flag.tolist() for flag in flags] == [[0.0], [False], [True], [False]]
+        assert finals is None
         assert re.search(FAILURES[what], env.messages[0]), env.messages
         assert len(env.messages) == 1 and env.messages[0].endswith('. It is started again.')
         assert (env.pop_restarts(), env.pop_restarts()) == (1, 0)
@@ -497,11 +493,77 @@ def test_killed_workers():
         env.reset()
         env.step(ZEROS)
         os.kill(env._workers[1].pid, signal.SIGKILL)
-        records, finals = env.step(ZEROS)
-        assert records.is_first.tolist() == [False, True] and finals.streams.tolist() == [1]
+        records, _ = env.step(ZEROS)
+        assert records.is_first.tolist() == [False, True]
         os.kill(env._workers[0].pid, signal.SIGTERM)
-        with pytest.raises(UserError, match='Environment 0 .* died: .* exit code -15'):
+        with pytest.raises(Terminated, match='Environment 0 .* died: .* exit code -15'):
             env.step(ZEROS)
+
+
+def test_termination_while_another_environment_is_built(monkeypatch):
+    with make(vectorization='async', kwargs={'length': 9, 'fail_at': 1}) as env:
+        env.reset()
+        start = processes._start
+
+        def start_and_terminate(settings, row):
+            connection, worker = start(settings, row)
+            worker.terminate()
+            return connection, worker
+
+        monkeypatch.setattr(processes, '_start', start_and_terminate)
+        with pytest.raises(Terminated):
+            env.step(ZEROS)
+
+
+def test_every_life_has_its_own_seed(monkeypatch):
+    seeds = []
+    original = vector.open_stream
+
+    def open_stream(settings, row):
+        seeds.append((row, settings.seeds[row]))
+        return original(settings, row)
+
+    monkeypatch.setattr(vector, 'open_stream', open_stream)
+    with make(kwargs={'length': 9, 'fail_at': 1}) as env:
+        env.reset()
+        for _ in range(3):
+            env.step(ZEROS)
+            assert env.pop_restarts() == 2
+    assert len(set(seeds)) == len(seeds) == 2 + 6
+
+
+def test_an_environment_that_cannot_even_be_closed(monkeypatch):
+    def close(self):
+        raise ConnectionError('the simulator is gone')
+
+    monkeypatch.setattr(toy_envs.Counter, 'close', close)
+    with make(kwargs={'length': 9, 'fail_at': 1}, restart=False) as env:
+        env.reset()
+        with pytest.raises(UserError, match='the robot fell over') as caught:
+            env.step(ZEROS)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_the_end_of_an_episode_survives_a_reset_that_fails(vectorization, tmp_path):
+    """It is told as under 'next_step', and the reset is tried once more."""
+    kwargs = {'length': 2, 'fail_at': 0, 'once': str(tmp_path / 'failed')}
+    (tmp_path / 'failed').touch()
+    changes = dict(autoreset='same_step', num_envs=1, vectorization=vectorization)
+    with make(kwargs=kwargs, **changes) as env:
+        env.reset()
+        env.step(ZEROS)
+        (tmp_path / 'failed').unlink()
+        records, finals = env.step(ZEROS)
+        assert finals is None and records.is_last.all() and records.is_terminal.all()
+        assert records.reward == 20
+        records, _ = env.step(ZEROS)
+        assert records.is_first.all() and env.pop_restarts() == 0
+
+
+def test_patience_has_no_limit():
+    with make(vectorization='async', num_envs=1, timeout=1e300) as env:
+        assert env.reset().is_first.all()
 
 
 def test_stuck_worker_is_killed(monkeypatch):

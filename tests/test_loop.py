@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -367,7 +368,19 @@ def test_other_settings_are_refused(tmp_path):
         '--config.logdir, or the same settings.'
     )
     assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
-    run_folder.check(tmp_path, counter_config(run__steps=50, mesh__fsdp=2, logdir='x'))
+    changes = dict(run__steps=50, mesh__fsdp=2, logdir='x', env__timeout=9.0)
+    run_folder.check(tmp_path, counter_config(**changes))
+
+
+def test_settings_of_an_older_version(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.save()
+    path = tmp_path / 'config.json'
+    settings = json.loads(path.read_text())
+    del settings['env']['timeout']
+    path.write_text(json.dumps(settings))
+    assert run_folder.read_config(tmp_path).env.timeout == counter_config().env.timeout
+    run_folder.check(tmp_path, counter_config())
 
 
 def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
@@ -468,9 +481,8 @@ def test_restarted_environments_are_counted_and_their_episodes_cut(tmp_path, cap
     assert 'the robot fell over' in capsys.readouterr().out
     assert tiny_runs.read_metrics(tmp_path / 'run')[-1]['count/restarts'] == 1
     steps = data['observation/count'][0, :12, 1].tolist()
-    assert steps == [0, 1, 2, 3, 3, 0, 1, 2, 3, 4, 5, 6]  # the last one once more, as the end
-    assert np.flatnonzero(data['is_last'][0, :12]).tolist() == [4]
-    assert np.flatnonzero(data['is_first'][0, :12]).tolist() == [0, 5]
+    assert steps == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert np.flatnonzero(data['is_first'][0, :12]).tolist() == [0, 4]
 
 
 # Updates that are not finite.

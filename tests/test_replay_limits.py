@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dreamerv3_jax import replay as replay_module
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.replay import TrainRatio, bytes_per_step, check_memory
+from dreamerv3_jax.replay import Replay, bytes_per_step, check_memory
+from dreamerv3_jax.train_ratio import TrainRatio
 
 SPECS = {
     'image': ((2, 2, 1), np.dtype(np.uint8)),
@@ -26,6 +27,19 @@ SPECS = {
 
 
 # Memory.
+
+
+def test_room_on_disk_is_taken_at_once(small_disk):
+    def make(capacity):
+        sizes = dict(streams=2, batch_size=2, batch_length=3)
+        options = dict(online=False, seed=0, directory=small_disk.folder)
+        return Replay(SPECS, capacity=capacity, **sizes, **options)
+
+    make(10_000)
+    files = [path.stat() for path in small_disk.folder.glob('*.ring')]
+    assert all(512 * file.st_blocks >= file.st_size > 0 for file in files)
+    with pytest.raises(UserError, match='No space left on device; set a smaller --config.replay'):
+        make(1_000_000)
 
 
 def test_bytes_per_step():

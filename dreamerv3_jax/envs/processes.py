@@ -10,18 +10,26 @@ import time
 import traceback
 import types
 from collections.abc import Iterator, Sequence
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from dreamerv3_jax.envs.registry import Settings
 from dreamerv3_jax.envs.stream import Ending, Records, Stream, empty_actions, empty_records
-from dreamerv3_jax.envs.vector import Restartable, different_spaces, failure, open_stream
+from dreamerv3_jax.envs.vector import (
+    Restartable,
+    Terminated,
+    different_spaces,
+    failure,
+    open_stream,
+)
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
 
 _SHUTDOWN_SECONDS = 5.0
+MOST_PATIENCE = 1e6  # seconds, more than which the system does not wait
 
 # Workers leave the accelerator, the other workers' cores and the trainer's kept programs alone.
 _WORKER_VARIABLES = {
@@ -53,6 +61,7 @@ class Processes(Restartable):
         super().__init__(settings)
         self._connections: list[Connection] = []
         self._workers: list[Any] = []
+        self._block: Any = None  # the file behind records and actions
         for row in range(self.num_envs):
             connection, worker = _start(settings, row)
             self._connections.append(connection)
@@ -65,7 +74,11 @@ class Processes(Restartable):
         if any(other[:2] != self._specs for other in descriptions):
             self.close()
             raise different_spaces(settings.id)
-        self._all_well(self._share())
+        self._block = _shared_file(_bytes(*self._specs, self.num_envs))
+        self._records, self._actions = _map_arrays(self._block, *self._specs, self.num_envs)
+        for row in rows:
+            self._share(row)
+        self._all_well(self._receive(rows))
 
     def _run(self, command: str, rows: Sequence[int]) -> dict[int, Ending | UserError | None]:
         for row in rows:
@@ -75,23 +88,20 @@ class Processes(Restartable):
 
     def _rebuild(self, row: int, settings: Settings) -> None:
         self._connections[row].close()
-        _stop([self._workers[row]], patience=0.0)
+        _stop([self._workers[row]])
         self._connections[row], self._workers[row] = _start(settings, row)
-        answer = self._receive([row])[row]
-        if isinstance(answer, UserError):
-            raise answer
-        if answer[:2] != self._specs:
+        (description,) = self._all_well(self._receive([row]), close=False)
+        if description[:2] != self._specs:
             raise different_spaces(settings.id)
-        before = _arrays(self._records, self._actions)
-        self._share()  # other workers that have failed are replaced in their turn
-        for old, new in zip(before, _arrays(self._records, self._actions), strict=True):
-            new[:] = old
+        self._share(row)
+        self._all_well(self._receive([row]), close=False)
 
-    def _share(self) -> dict[int, Any]:
-        """Makes arrays that all workers see; returns their answers."""
-        with _shared_file() as path:
-            self._records, self._actions = _map_arrays(path, *self._specs, self.num_envs)
-            return self._run(path, range(self.num_envs))
+    def _share(self, row: int) -> None:
+        """Hands the arrays to a worker."""
+        connection = self._connections[row]
+        with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
+            connection.send('share')
+            reduction.send_handle(connection, self._block.fileno(), self._workers[row].pid)
 
     def render(self) -> np.ndarray | None:
         """Returns a picture of the first environment, or None if it has none."""
@@ -102,16 +112,19 @@ class Processes(Restartable):
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.send('close')
-        _stop(self._workers, patience=_SHUTDOWN_SECONDS)
+        _stop(self._workers)
         for connection in self._connections:
             connection.close()
         self._connections, self._workers = [], []
+        if self._block is not None:
+            self._block.close()
 
-    def _all_well(self, answers: dict[int, Any]) -> list[Any]:
+    def _all_well(self, answers: dict[int, Any], *, close: bool = True) -> list[Any]:
         """Returns the answers where none is an error."""
         for answer in answers.values():
             if isinstance(answer, UserError):
-                self.close()
+                if close:
+                    self.close()
                 raise answer
         return list(answers.values())
 
@@ -122,18 +135,19 @@ class Processes(Restartable):
     def _answer(self, row: int, deadline: float) -> Any:
         worker, which = self._workers[row], f'Environment {row} of {self._id}'
         try:
-            if self._connections[row].poll(max(0.0, deadline - time.monotonic())):
+            left = min(max(0.0, deadline - time.monotonic()), MOST_PATIENCE)
+            if self._connections[row].poll(left):
                 return self._connections[row].recv()
         except (EOFError, OSError):
             worker.join(_SHUTDOWN_SECONDS)
-            error = UserError(
+            text = (
                 f'{which} died: its process ended with exit code {worker.exitcode}; '
                 "try env.vectorization='sync' to see why."
             )
-            if worker.exitcode == -signal.SIGTERM:  # somebody is ending the whole run
+            if worker.exitcode == -signal.SIGTERM:
                 self.close()
-                raise error from None
-            return error
+                raise Terminated(text) from None
+            return UserError(text)
         worker.kill()
         return UserError(
             f'{which} did not answer for {self._settings.timeout:g} seconds (env.timeout).'
@@ -153,9 +167,9 @@ def _start(settings: Settings, row: int) -> tuple[Connection, Any]:
     return ours, worker
 
 
-def _stop(workers: Sequence[Any], patience: float) -> None:
+def _stop(workers: Sequence[Any]) -> None:
     """Waits for workers to end, and kills those that still run after some seconds."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + _SHUTDOWN_SECONDS
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
         if worker.is_alive():
@@ -181,8 +195,9 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
                 connection.send(None)
             elif command == 'render':
                 connection.send(stream.render())
-            else:  # a file to share: the first command, and again when another worker is replaced
-                records, actions = _map_arrays(command, *specs, len(settings.seeds))
+            elif command == 'share':
+                with os.fdopen(reduction.recv_handle(connection), 'r+b') as file:
+                    records, actions = _map_arrays(file, *specs, len(settings.seeds))
                 connection.send(None)
     except Exception as error:
         message = failure(settings.id, index, error)
@@ -215,33 +230,54 @@ def _worker_surroundings() -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _shared_file() -> Iterator[str]:
-    """Yields the path of an empty file; whoever mapped it keeps it when the name is gone."""
+def _shared_file(size: int) -> IO[bytes]:
+    """Opens a file without a name, in memory where that is possible.
+
+    Raises:
+      UserError: there is no room.
+    """
     memory = '/dev/shm'
-    folder = memory if os.access(memory, os.W_OK) else None
-    descriptor, path = tempfile.mkstemp(prefix='dreamerv3-', dir=folder)
-    os.close(descriptor)
+    file = tempfile.TemporaryFile(dir=memory if os.access(memory, os.W_OK) else None)  # noqa: SIM115
     try:
-        yield path
-    finally:
-        os.unlink(path)
+        file.write(bytes(size))  # not a hole, which would be filled later or, without room, fatally
+        file.flush()
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f'The arrays that environments share take {size:,} bytes: {error.strerror}.'
+        ) from error
+    return file
+
+
+def _empty(
+    observation_specs: dict[str, ArraySpec], action_specs: dict[str, ArraySpec], count: int
+) -> tuple[Records, dict[str, np.ndarray], list[np.ndarray]]:
+    """Records and actions of `count` environments, and all arrays of both."""
+    records, actions = empty_records(observation_specs, count), empty_actions(action_specs, count)
+    return records, actions, [*records.observation.values(), *records[1:], *actions.values()]
+
+
+def _starts(arrays: list[np.ndarray]) -> list[int]:
+    """Where each array begins in the shared block, and where the block ends."""
+    return np.cumsum([0, *(-(-array.nbytes // 64) * 64 for array in arrays)]).tolist()
+
+
+def _bytes(
+    observation_specs: dict[str, ArraySpec], action_specs: dict[str, ArraySpec], count: int
+) -> int:
+    return _starts(_empty(observation_specs, action_specs, count)[2])[-1]
 
 
 def _map_arrays(
-    path: str,
+    file: IO[bytes],
     observation_specs: dict[str, ArraySpec],
     action_specs: dict[str, ArraySpec],
     count: int,
 ) -> tuple[Records, dict[str, np.ndarray]]:
     """Returns records and actions of `count` environments, as views of a shared file."""
-    records = empty_records(observation_specs, count)
-    actions = empty_actions(action_specs, count)
-    arrays = _arrays(records, actions)
-    starts = np.cumsum([0, *(-(-array.nbytes // 64) * 64 for array in arrays)])
-    with open(path, 'r+b') as file:
-        file.truncate(starts[-1])
-    block = np.memmap(path, np.uint8, 'r+', shape=(starts[-1],)).view(np.ndarray)
+    records, actions, arrays = _empty(observation_specs, action_specs, count)
+    starts = _starts(arrays)
+    block = np.memmap(file, np.uint8, 'r+', shape=(starts[-1],)).view(np.ndarray)
     views = (
         block[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
         for start, array in zip(starts, arrays, strict=False)
@@ -253,7 +289,3 @@ def _map_arrays(
         ),
         {name: next(views) for name in actions},
     )
-
-
-def _arrays(records: Records, actions: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return [*records.observation.values(), *records[1:], *actions.values()]

@@ -1,5 +1,6 @@
 """One environment, seen as a stream of records."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -133,9 +134,10 @@ class Stream:
             return None
         logs = episode_logs(info)
         if self._same_step:
-            self.reset(records, row)
-            return Ending(logs, (flat, float(reward), bool(terminated)))
-        self._ended = True
+            with contextlib.suppress(Exception):  # or it would take the terminal record with it
+                self.reset(records, row)
+                return Ending(logs, (flat, float(reward), bool(terminated)))
+        self._ended = True  # the next step resets
         write_record(records, row, flat, float(reward), last=True, terminal=bool(terminated))
         return Ending(logs, None)
 

@@ -53,7 +53,7 @@ class VectorEnvironment(abc.ABC):
         """Starts a new episode in every stream; all records are `is_first`.
 
         Raises:
-          UserError: an environment failed, and again when it was built anew.
+          UserError: an environment failed time after time, or failed and cannot be built again.
         """
         return self._reset()
 
@@ -65,12 +65,12 @@ class VectorEnvironment(abc.ABC):
             streams that are about to be reset are ignored.
 
         Returns:
-          The records, and the last records of the streams that ended on this tick and have begun
-          again, which come before the normal ones: under autoreset 'same_step' always, otherwise
-          where an environment failed.
+          The records, and under autoreset 'same_step' the terminal records of the streams that
+          ended on this tick, which come before the normal ones. Where an environment failed and was
+          built again, the record is the first of an episode, though the one before was no last.
 
         Raises:
-          UserError: an environment failed, and again when it was built anew.
+          UserError: an environment failed time after time, or failed and cannot be built again.
         """
         return self._step(actions)
 
@@ -129,10 +129,14 @@ class VectorEnvironment(abc.ABC):
             self._logs.setdefault(name, []).append(value)
 
 
+class Terminated(UserError):
+    """A worker was told to end, as all processes are when a machine is taken away."""
+
+
 class Restartable(VectorEnvironment):
     """Environments of which each is built again when it fails, while the others go on.
 
-    The episode that was under way is cut: it ends with the observation that was there before.
+    The episode that was under way is cut: a record follows that is the first of the next one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -142,7 +146,7 @@ class Restartable(VectorEnvironment):
         self._settings = settings
         self._records: Records  # written by the environments, read here
         self._actions: dict[str, np.ndarray]  # the other way round
-        self._latest: Records | None = None  # what was returned last
+        self._lives = np.ones(self.num_envs, np.int64)
         self._failures = np.zeros(self.num_envs, np.int64)  # in a row
         self._survived = np.zeros(self.num_envs, np.int64)  # steps since the last failure
 
@@ -155,7 +159,7 @@ class Restartable(VectorEnvironment):
         """Builds an environment again.
 
         Raises:
-          UserError: that failed.
+          Exception: that failed.
         """
 
     def _reset(self) -> Records:
@@ -169,14 +173,17 @@ class Restartable(VectorEnvironment):
     def _advance(self, command: str) -> tuple[Records, FinalRecords | None]:
         answers = self._run(command, range(self.num_envs))
         self._survived += 1
-        endings = [
-            self._replace(row, answer) if isinstance(answer, UserError) else answer
-            for row, answer in answers.items()
-        ]
-        self._latest = _copy(self._records)
-        return self._latest, self._gather(endings)
+        endings: list[Ending | None] = []
+        for row, answer in answers.items():
+            if isinstance(answer, UserError):
+                self._replace(row, answer)
+            else:
+                endings.append(answer)
+        observation, *flags = self._records
+        copied = {name: values.copy() for name, values in observation.items()}
+        return Records(copied, *(flag.copy() for flag in flags)), self._gather(endings)
 
-    def _replace(self, row: int, error: UserError) -> Ending | None:
+    def _replace(self, row: int, error: UserError) -> None:
         """Builds an environment that failed again, and starts an episode in it."""
         answer: Any = error
         while isinstance(answer, UserError):
@@ -184,12 +191,10 @@ class Restartable(VectorEnvironment):
             try:
                 self._rebuild(row, self._reseeded(row))
                 answer = self._run('reset', [row])[row]
-            except UserError as again:
-                answer = again
-        if self._latest is None or self._latest.is_last[row]:
-            return None
-        observation = {name: value[row] for name, value in self._latest.observation.items()}
-        return Ending({}, (observation, 0.0, False))
+            except Terminated:
+                raise
+            except Exception as again:
+                answer = failure(self._id, row, again)
 
     def _count_failure(self, row: int, error: UserError) -> None:
         if self._survived[row] > ENOUGH_STEPS:
@@ -199,16 +204,17 @@ class Restartable(VectorEnvironment):
             if not self._failures[row]:
                 raise error
             times = f'It was started again {self._failures[row]} times before.'
-            raise UserError(f'{error} {times}') from error
+            raise UserError(f'{str(error).rstrip(".")}. {times}') from error
         self._failures[row] += 1
         self._survived[row] = 0
+        self._lives[row] += 1
         self._restarts += 1
-        self.messages.append(f'{error} It is started again.')
+        self.messages.append(f'{str(error).rstrip(".")}. It is started again.')
 
     def _reseeded(self, row: int) -> Settings:
         """Another seed for another life: the same episode would fail once more."""
         seeds = list(self._settings.seeds)
-        sequence = np.random.SeedSequence([seeds[row], self._restarts])
+        sequence = np.random.SeedSequence([seeds[row], int(self._lives[row])])
         seeds[row] = int(sequence.generate_state(1)[0] >> 1)
         return dataclasses.replace(self._settings, seeds=tuple(seeds))
 
@@ -246,12 +252,12 @@ class InProcess(Restartable):
                 else:
                     answers[row] = self._streams[row].step(self._actions, self._records, row)
             except Exception as error:
-                answers[row] = failure(self._id, row, error)
+                answers[row] = problem = failure(self._id, row, error)
+                problem.__cause__ = error
         return answers
 
     def _rebuild(self, row: int, settings: Settings) -> None:
-        with contextlib.suppress(Exception):  # it is broken
-            self._streams[row].close()
+        _close(self._streams[row])
         stream = open_stream(settings, row)
         if not self._fits(stream):
             raise different_spaces(settings.id)
@@ -267,7 +273,7 @@ class InProcess(Restartable):
     def close(self) -> None:
         """Releases all environments."""
         for stream in self._streams:
-            stream.close()
+            _close(stream)
         self._streams = []
 
 
@@ -306,9 +312,6 @@ def failure(env_id: str, index: int | None, error: Exception) -> UserError:
     return UserError(f'{which} failed: {type(error).__name__}: {text}{place}.')
 
 
-def _copy(records: Records) -> Records:
-    observation, *flags = records
-    return Records(
-        {name: values.copy() for name, values in observation.items()},
-        *(values.copy() for values in flags),
-    )
+def _close(stream: Stream) -> None:
+    with contextlib.suppress(Exception):  # a broken environment need not be able to
+        stream.close()
