@@ -90,7 +90,8 @@ def plot(
         header, columns = load(path)
         label = f'seed {header["seed"]} ({columns["seconds"][-1] / 60:.0f} min)'
         where, scores = columns[column], columns['episode/score']
-        (line,) = axes.plot(where, smooth(scores, 8), label=label, lw=1.8)
+        window = min(8, 1 + len(scores) // 8)
+        (line,) = axes.plot(where, smooth(scores, window), label=label, lw=1.8)
         axes.plot(where, scores, color=line.get_color(), alpha=0.2, lw=0.8)
     if published:
         task = json.loads((LEARNING / 'published.json').read_text())[published]

@@ -41,13 +41,16 @@ def test_quickstart_is_solved(seed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('task', 'steps', 'target'),
-    [('memory', 80_000, 0.9), ('catch', 60_000, 0.9)],  # by chance 0 and -0.6, at best 1
-)
-def test_bsuite_task_is_solved(task, steps, target, tmp_path):
+def test_hover_is_learned_from_pixels(tmp_path):
+    options = ['--config=gymnasium:cpu', '--config.env.id=experiments.hover:Hover']
+    options += ['--config.env.vectorization=sync', '--config.replay.train_ratio=64']
+    assert learned(tmp_path, *options, '--config.run.steps=12000') >= 190  # random play: 48
+
+
+@pytest.mark.slow
+def test_memory_is_learned(tmp_path):
     pytest.importorskip('bsuite')
-    options = ['--config=gymnasium:nano', f'--config.env.id=experiments.bsuite_tasks:{task}']
+    options = ['--config=gymnasium:cpu', '--config.env.id=experiments.bsuite_tasks:memory']
     options += ['--config.env.num_envs=16', '--config.env.vectorization=sync']
-    options += ['--config.replay.train_ratio=32', f'--config.run.steps={steps}']
-    assert learned(tmp_path, *options) >= target
+    options += ['--config.replay.train_ratio=32', '--config.run.steps=110000']
+    assert learned(tmp_path, *options) >= 0.9  # by chance 0, at best 1
