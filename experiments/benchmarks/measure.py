@@ -343,6 +343,7 @@ def main() -> None:
     parser.add_argument('--compare', action='store_true')
     parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     if options.here:
         print(json.dumps(measure(options.cases[0], options.runs)))
         return
