@@ -141,7 +141,7 @@ def _event(seconds: float, step: int, means: Mapping[str, float]) -> Any:
 
 
 def _framed(event: Any) -> bytes:
-    """An event as the file holds it: its length and itself, each with a checksum."""
+    """An event as bytes of the file: its length and itself, each with a checksum."""
     from tensorboardX.record_writer import masked_crc32c
 
     parts = []

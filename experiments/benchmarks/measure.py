@@ -343,7 +343,6 @@ def main() -> None:
     parser.add_argument('--compare', action='store_true')
     parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
     if options.here:
         print(json.dumps(measure(options.cases[0], options.runs)))
         return
@@ -354,6 +353,7 @@ def main() -> None:
         sys.exit(f'{committed} has no {", ".join(missing)} to compare with.')
     if options.cases and not options.compare and options.output == committed.parent:
         sys.exit('The committed results hold all cases; choose another folder with --output.')
+    options.output.mkdir(parents=True, exist_ok=True)
     cases: dict[str, Any] = {}
     results = {
         'date': time.strftime('%Y-%m-%d'),
