@@ -41,6 +41,14 @@ SUITES = {
 }
 
 
+gymnasium.register(
+    'Hover-v0',
+    'dreamerv3_jax.envs.hover:Hover',
+    max_episode_steps=200,
+    reward_threshold=195.0,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All that is needed to build the environments; picklable, so that a worker process can."""
