@@ -79,8 +79,8 @@ options:
   --help                        this text
 
 examples:
-  {_PROGRAM} evaluate runs/quickstart-CartPole-v0-cpu-seed0
-  {_PROGRAM} evaluate runs/quickstart-CartPole-v0-cpu-seed0 --episodes=5 --video=cartpole.mp4
+  {_PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0
+  {_PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0 --episodes=5 --video=hover.mp4
 """
 _PRESETS_HELP = f"""\
 usage: {_PROGRAM} presets

@@ -162,10 +162,14 @@ class ProgressLine:
     def _status(self) -> Status:
         assert self._latest is not None and self._drawn is not None
         steps, updates, shares = self._latest
-        self._points.append((self._drawn, steps, updates))
-        while len(self._points) > 2 and self._drawn - self._points[1][0] >= RATE_WINDOW:
-            self._points.popleft()
-        then, steps_then, updates_then = self._points[0]
+        points = self._points
+        points.append((self._drawn, steps, updates))
+        # Steps before the first update are much faster than those to come.
+        while len(points) > 2 and (
+            self._drawn - points[1][0] >= RATE_WINDOW or updates > points[0][2] == 0
+        ):
+            points.popleft()
+        then, steps_then, updates_then = points[0]
         elapsed = max(self._drawn - then, 1e-9)
         rate = (steps - steps_then) / elapsed
         return Status(
@@ -176,7 +180,7 @@ class ProgressLine:
             steps_per_second=rate,
             updates_per_second=(updates - updates_then) / elapsed,
             shares=shares,
-            seconds_left=max(self._total - steps, 0) / rate if rate > 0 else None,
+            seconds_left=max(self._total - steps, 0) / rate if rate and updates_then else None,
         )
 
 

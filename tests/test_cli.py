@@ -221,8 +221,8 @@ def test_interruption_has_its_own_exit_code(capsys, monkeypatch, trained):
 def test_train_starts_the_loop(trained):
     assert cli.main(['train', '--config=quickstart']) == 0
     config, logdir, preset = trained.pop()
-    assert config.env.id == 'CartPole-v0'
-    assert logdir == Path('runs/quickstart-CartPole-v0-cpu-seed0')
+    assert config.env.id == 'Hover-v0'
+    assert logdir == Path('runs/quickstart-Hover-v0-cpu-seed0')
     assert preset == 'quickstart'
     assert not logdir.exists()
 
@@ -311,7 +311,7 @@ def test_file_of_the_user(trained, folder):
         assert cli.main(['train', f'--config={spec}']) == 0
         config, logdir, preset = trained.pop()
         assert (config.seed, config.size, preset) == (7, size, 'mine')
-        assert logdir == Path(f'runs/mine-CartPole-v0-{size}-seed7')
+        assert logdir == Path(f'runs/mine-Hover-v0-{size}-seed7')
     assert [path.name for path in folder.iterdir()] == ['mine.py']
 
 
@@ -355,7 +355,7 @@ def test_evaluate_prints_one_episode(monkeypatch, evaluated, capsys, folder):
         ('evaluate --help', '--episodes=20'),
         ('presets --help', 'Lists the presets'),
         ('--version', 'dreamerv3-jax 0.1.0'),
-        ('presets', 'CartPole-v0 on a laptop'),
+        ('presets', 'A drone learns'),
     ],
 )
 def test_help(arguments, words, capsys):

@@ -31,7 +31,7 @@ TABLE = {
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
     'gymnasium': ('', {}, 0, 1, 4, 256.0, 1_000_000, 'size1m'),
-    'quickstart': ('CartPole-v0', {}, 0, 1, 4, 64.0, 27_000, 'cpu'),
+    'quickstart': ('Hover-v0', {}, 0, 1, 4, 64.0, 11_200, 'cpu'),
 }
 
 
@@ -110,7 +110,7 @@ def test_default_size_is_the_published_one():
 def test_load_config_returns_independent_settings():
     first = presets.load_config('quickstart')
     first.env.id = 'changed'
-    assert presets.load_config('quickstart').env.id == 'CartPole-v0'
+    assert presets.load_config('quickstart').env.id == 'Hover-v0'
 
 
 @pytest.mark.parametrize('preset', TABLE)

@@ -35,16 +35,8 @@ def learned(folder, *options):
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(3))
 def test_quickstart_is_solved(seed, tmp_path):
-    assert (
-        learned(tmp_path, '--config=quickstart', f'--config.seed={seed}') >= 195
-    )  # the registered threshold
-
-
-@pytest.mark.slow
-def test_hover_is_learned_from_pixels(tmp_path):
-    options = ['--config=gymnasium:cpu', '--config.env.id=experiments.hover:Hover']
-    options += ['--config.env.vectorization=sync', '--config.replay.train_ratio=64']
-    assert learned(tmp_path, *options, '--config.run.steps=12000') >= 190  # random play: 48
+    # The registered threshold; random play lasts some 50 steps.
+    assert learned(tmp_path, '--config=quickstart', f'--config.seed={seed}') >= 195
 
 
 @pytest.mark.slow

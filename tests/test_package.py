@@ -39,4 +39,4 @@ def test_presets_work_from_a_wheel(tmp_path):
     )
     first, *rest = result.stdout.splitlines()
     assert Path(first).is_relative_to(installed), result.stderr
-    assert result.returncode == 0 and any('CartPole-v0' in line for line in rest)
+    assert result.returncode == 0 and any('A drone' in line for line in rest)

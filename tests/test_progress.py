@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -289,6 +290,21 @@ def test_plain_lines_at_intervals():
     )
     progress.message('saved')
     assert stream.getvalue().splitlines()[3:] == ['saved']
+
+
+def test_time_left_begins_with_the_updates():
+    stream, clock = io.StringIO(), Clock()
+    progress = ProgressLine(1000, stream=stream, interval=10, clock=clock)
+    # 400 steps in the first 10 seconds, without updates; then 2 steps and 1 update per second.
+    for steps, updates in ((0, 0), (400, 0), (410, 5), (430, 15), (450, 25)):
+        progress.update(steps, updates, {})
+        clock.now += 10
+    lines = stream.getvalue().splitlines()
+    assert [re.search(r'upd/s +(.+?) left', line)[1] for line in lines] == [
+        *('-', '-', '-'),
+        *('4m 45s', '4m 35s'),
+    ]
+    assert '  2 steps/s' in lines[-1]
 
 
 def test_redraws_on_a_terminal(terminal_environment):

@@ -2,8 +2,8 @@
 
 A drone has to stay in the air: its engine pushes it up or, when off, gravity pulls it down, and
 gusts add to both. Every step pays 1; touching the ground or the ceiling ends the episode, and 200
-steps cut it. A picture of 48 x 48 shows where the drone is but not how fast it moves, so that the
-speed has to be remembered. Random play lasts 48 steps on average.
+steps cut it. Where the drone is, a picture of 48 x 48 shows. Random play lasts some 50 steps, one
+action alone 10.
 """
 
 from typing import Any
