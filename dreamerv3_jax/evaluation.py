@@ -63,6 +63,7 @@ class Player:
         logdir = Path(logdir)
         self.config = run_folder.read_config(logdir)
         folder = _require_checkpoint(logdir)
+        run_folder.check_spaces(logdir, observation_specs, action_specs)
         self._agent = Agent(observation_specs, action_specs, self.config.agent)
         shapes = jax.eval_shape(lambda: self._agent.init(0))
         placed = sharding.abstract(shapes, sharding.state_sharding(self._agent.mesh, shapes))

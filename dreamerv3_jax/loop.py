@@ -1,11 +1,8 @@
 """The training loop: step the environments, act, store, train when it is due, log, checkpoint."""
 
 import contextlib
-import signal
-import threading
 import time
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import numpy as np
 from dreamerv3_jax import checkpoint, envs, run_folder, sharding, steps
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.interrupts import Interrupts
 from dreamerv3_jax.metrics import MetricWriter
 from dreamerv3_jax.progress import ProgressLine, Timer
 from dreamerv3_jax.replay import Replay, bytes_per_step, check_memory
@@ -24,6 +22,9 @@ from dreamerv3_jax.train_ratio import TrainRatio
 from dreamerv3_jax.types import Metrics, StoredLatent
 
 MOST_SKIPPED = 10  # updates in a row
+COUNTERS = (
+    'ticks', 'steps', 'frames', 'episodes', 'updates', 'skipped', 'skipped_in_a_row', 'restarts',
+)  # fmt: skip
 
 
 def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = 'none') -> None:
@@ -37,11 +38,8 @@ def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = '
     Raises:
       UserError: a setting, the environment or the folder does not allow the run.
     """
-    logdir = Path(logdir)
-    if checkpoint.latest_step(logdir / 'checkpoints') is not None:  # else nothing is lost
-        run_folder.check(logdir, config)
     try:
-        with Trainer(config, logdir, preset) as trainer:
+        with Trainer(config, Path(logdir), preset) as trainer:
             trainer.run()
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
@@ -59,20 +57,51 @@ class Trainer:
     def __init__(self, config: ml_collections.ConfigDict, logdir: Path, preset: str) -> None:
         """Builds everything, restores the newest checkpoint and prints what the run will be."""
         self._config, self._logdir = config, logdir
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        names = ('ticks', 'steps', 'frames', 'episodes', 'updates', 'skipped', 'restarts')
-        counters: dict[str, Any] = dict.fromkeys(names, 0)
-        folder = logdir / 'checkpoints'
-        resumed = checkpoint.latest_step(folder)
-        # Each start seeds its environments anew, or it would play the first episodes once more.
-        self._env = envs.make(config.env, seed=run_folder.derived_seed(config.seed, resumed or 0))
-        self._agent = Agent(self._env.observation_specs, self._env.action_specs, config.agent, mesh)
         self._progress = ProgressLine(config.run.steps)
+        with contextlib.ExitStack() as self._opened:  # closes everything if the rest of it fails
+            self._build(preset)
+            self._opened = self._opened.pop_all()
+        self._timer = Timer()
+        self._interrupts = Interrupts(
+            lambda: self._progress.message('Stopping after this update, to save a checkpoint ...')
+        )
+        self._pending: tuple[Any, StoredLatent, Metrics] | None = None  # an update in flight
+        self._metrics: list[Metrics] = []  # of updates not yet logged
+        self._returns = np.zeros(self._env.num_envs)
+        self._lengths = np.zeros(self._env.num_envs, np.int64)
+        self._policy_state = self._agent.initial_policy_state(self._env.num_envs)
+        self._records: envs.Records | None = None
+
+    def __enter__(self) -> 'Trainer':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show_messages()
+        self._opened.close()
+
+    def _build(self, preset: str) -> None:
+        config, logdir, opened = self._config, self._logdir, self._opened
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        # A new folder is not made before all else is known to be right.
+        lock = run_folder.Lock(logdir) if logdir.exists() else None
+        if lock:
+            opened.callback(lock.close)
+        resumed = checkpoint.latest_step(logdir / 'checkpoints')
+        if resumed is not None:  # else nothing is lost
+            run_folder.check(logdir, config)
+        # Each start seeds its environments anew, or it would play the first episodes once more.
+        seed = run_folder.derived_seed(config.seed, resumed or 0)
+        self._env = opened.enter_context(envs.make(config.env, seed))
+        observation_specs, action_specs = self._env.observation_specs, self._env.action_specs
+        if resumed is not None:
+            run_folder.check_spaces(logdir, observation_specs, action_specs)
+        self._agent = Agent(observation_specs, action_specs, config.agent, mesh)
         specs = steps.replay_specs(self._agent)
         directory = logdir / 'replay' if config.replay.on_disk else None
         check_memory(specs, config.replay.capacity, directory)
         sharding.batch_sharding(mesh, config.replay.batch_size)
-        self._lock = run_folder.create(logdir, config)
+        lock = run_folder.create(logdir, config, observation_specs, action_specs, lock)
+        opened.callback(lock.close)
         self._replay = Replay(
             specs,
             capacity=config.replay.capacity,
@@ -88,43 +117,32 @@ class Trainer:
         )
         self._describe(preset, bytes_per_step(specs))
         self._state = self._agent.init(config.seed)
-        self._checkpointer = checkpoint.Checkpointer(folder)
+        self._checkpointer = opened.enter_context(
+            contextlib.closing(checkpoint.Checkpointer(logdir / 'checkpoints'))
+        )
+        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         if resumed is not None:
-            saved = self._checkpointer.restore(checkpoint.abstract_state(self._state))
-            self._state, counters = saved.state, counters | saved.counters
-            ratio = counters.pop('ratio')
-            if saved.replay is not None:  # else the count starts anew when there is a batch again
-                self._replay.load_state(saved.replay)
-                self._ratio.load_state(ratio)
-        self.counters: dict[str, int] = counters
-        self._progress.episodes = counters['episodes']
-        self._writer = MetricWriter(logdir, resume_step=counters['frames'])
+            self._restore()
+        self._progress.episodes = self.counters['episodes']
+        self._writer = opened.enter_context(
+            contextlib.closing(MetricWriter(logdir, resume_step=self.counters['frames']))
+        )
+        opened.callback(self._progress.close)
         self._show_messages()
         if resumed is not None:
             self._progress.message(
                 f'Going on at {self.counters["frames"]:,} frames and '
                 f'{self.counters["updates"]:,} updates; the environments start new episodes.'
             )
-        self._timer = Timer()
-        self._interrupts: list[int] = []  # signals received
-        self._pending: tuple[Any, StoredLatent, Metrics] | None = None  # an update in flight
-        self._skipped = 0  # updates in a row
-        self._metrics: list[Metrics] = []  # of updates not yet logged
-        self._returns = np.zeros(self._env.num_envs)
-        self._lengths = np.zeros(self._env.num_envs, np.int64)
-        self._policy_state = self._agent.initial_policy_state(self._env.num_envs)
-        self._records: envs.Records | None = None
 
-    def __enter__(self) -> 'Trainer':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._show_messages()
-        self._progress.close()
-        self._writer.close()
-        self._checkpointer.close()
-        self._env.close()
-        self._lock.close()
+    def _restore(self) -> None:
+        saved = self._checkpointer.restore(checkpoint.abstract_state(self._state))
+        counters = self.counters | saved.counters
+        ratio = counters.pop('ratio')
+        self._state, self.counters = saved.state, counters
+        if saved.replay is not None:  # else the count starts anew when there is a batch again
+            self._replay.load_state(saved.replay)
+            self._ratio.load_state(ratio)
 
     def run(self) -> None:
         """Ticks until the run is complete; saves at intervals and at the end.
@@ -146,15 +164,14 @@ class Trainer:
         self._progress.message(f'Compiled in {time.monotonic() - started:.0f} s.')
         self._timer.restart()
         logged = saved = time.monotonic()
-        with _collect_interrupts(self._interrupts, self._progress):
-            while self.counters['frames'] < run.steps and not self._interrupts:
+        with self._interrupts.collected():
+            while self.counters['frames'] < run.steps and not self._interrupts.received:
                 try:
                     self.tick()
-                except UserError:
-                    time.sleep(0.5)  # SIGTERM to all processes may reach the environments' first
-                    if not self._interrupts:
-                        raise
-                    break
+                except (UserError, KeyboardInterrupt):
+                    if self._interrupts.came_first():
+                        break
+                    raise
                 now = time.monotonic()
                 self._progress.update(
                     self.counters['frames'], self.counters['updates'], self._timer.shares()
@@ -169,14 +186,15 @@ class Trainer:
             self.log(final=True)
             self.save()
         self._progress.close()
-        if self._interrupts:
-            raise _interruption(self._interrupts[0])
+        if self._interrupts.received:
+            raise self._interrupts.exception()
         print(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
 
     def tick(self) -> None:
         """One observation and one action of every environment, and the updates that are due."""
         if self._records is None:
-            with self._timer.section('env'):
+            self._train()  # what was due when the run was stopped, before anything new
+            with self._timer.section('env'), self._interrupts.raised():
                 self._records = self._env.reset()
         records = self._records
         with self._timer.section('update'):
@@ -195,14 +213,9 @@ class Trainer:
         self.counters['ticks'] += 1
         self.counters['steps'] += int(np.sum(~records.is_last))
         self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
-        if self._replay.can_sample:
-            due = self._ratio.due(self.counters['steps'])
-            while due and not self._interrupts:
-                self._update()
-                due -= 1
-            self._ratio.give_back(due)
+        self._train()
         # The last update of this tick is still being computed while the environments step.
-        with self._timer.section('env'):
+        with self._timer.section('env'), self._interrupts.raised():
             self._records, finals = self._env.step(actions)
         if finals is not None:
             with self._timer.section('replay'):
@@ -218,6 +231,15 @@ class Trainer:
                 self._progress.message(message)
             messages.clear()
         self.counters['restarts'] += self._env.pop_restarts()
+
+    def _train(self) -> None:
+        """Makes the updates that are due; those after an interrupt are due when the run goes on."""
+        if self._replay.can_sample:
+            due = self._ratio.due(self.counters['steps'])
+            while due and not self._interrupts.received:
+                self._update()
+                due -= 1
+            self._ratio.give_back(due)
 
     def _update(self) -> None:
         with self._timer.section('update'):
@@ -243,21 +265,21 @@ class Trainer:
         if metrics['optimizer/skipped']:
             self._count_skipped(jax.device_get(metrics))
             return
-        self._skipped = 0
+        self.counters['skipped_in_a_row'] = 0
         self._replay.update_latents(index, np.asarray(latents.deter), np.asarray(latents.stoch))
 
     def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
-        self._skipped += 1
         self.counters['skipped'] += 1
+        self.counters['skipped_in_a_row'] += 1
         losses = [name for name in metrics if name.startswith('loss/') and name != 'loss/total']
         names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
         what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
-        if self._skipped == MOST_SKIPPED:
+        if self.counters['skipped_in_a_row'] == MOST_SKIPPED:
             raise UserError(
                 f'{MOST_SKIPPED} updates in a row were skipped, as {what}; look for numbers of '
                 'extreme size in what the environment returns. The last checkpoint is kept.'
             )
-        if self._skipped == 1:
+        if self.counters['skipped_in_a_row'] == 1:
             self._progress.message(
                 f'Update {self.counters["updates"]:,} is skipped, as {what}; nothing has changed.'
             )
@@ -334,32 +356,6 @@ class Trainer:
         }
         for name, text in rows.items():
             self._progress.message(f'{name:12} {text}')
-
-
-@contextlib.contextmanager
-def _collect_interrupts(received: list[int], progress: ProgressLine) -> Iterator[None]:
-    """Collects Ctrl-C and SIGTERM instead of raising amid an update; the second raises at once."""
-
-    def receive(number: int, frame: types.FrameType | None) -> None:
-        if received:
-            raise _interruption(number)
-        received.append(number)
-        with contextlib.suppress(RuntimeError):  # the signal came amid another line
-            progress.message('Stopping after this update, to save a checkpoint ...')
-
-    if threading.current_thread() is not threading.main_thread():  # cannot handle signals
-        yield
-        return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interruption(number: int) -> BaseException:
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _list_specs(specs: Mapping[str, ArraySpec]) -> str:

@@ -1,8 +1,11 @@
-"""The folder of a run: its settings, and whether another start may use it."""
+"""The folder of a run: its settings and spaces, and whether another start may use it."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import numpy as np
 
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.spaces import ArraySpec
+
+Specs = Mapping[str, ArraySpec]  # arrays of an observation or an action by name
 
 MAY_CHANGE = ('logdir', 'mesh.', 'run.', 'env.timeout')  # settings that a later start may change
 
@@ -19,14 +25,16 @@ class Lock:
     """Keeps other processes out of a run, until it is closed or this process ends in any way."""
 
     def __init__(self, logdir: Path) -> None:
-        """Takes the lock of an existing folder.
+        """Takes the lock, and makes the folder if it is missing.
 
         Raises:
-          UserError: another process has it.
-          OSError: the folder cannot be written to.
+          UserError: another process has it, or the folder cannot be written to.
         """
         self._file: int | None = None
-        self._file = os.open(logdir / 'lock', os.O_RDWR | os.O_CREAT, 0o644)
+        with _writing(logdir):
+            logdir.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)  # see `_refuse_links`
+            self._file = os.open(logdir / 'lock', flags, 0o644)
         try:
             import fcntl
 
@@ -39,8 +47,9 @@ class Lock:
             ) from error
         except (ImportError, OSError):
             return  # Windows, and some network disks, have no such locks
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f'process {os.getpid()} of {platform.node()}'.encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk, and the lock holds without a name
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f'process {os.getpid()} of {platform.node()}'.encode(), 0)
 
     def close(self) -> None:
         """Lets others in."""
@@ -51,33 +60,44 @@ class Lock:
     __del__ = close
 
 
-def create(logdir: Path, config: ml_collections.ConfigDict) -> Lock:
-    """Makes the folder, locks it, and writes its settings, `config.json`.
+def create(
+    logdir: Path,
+    config: ml_collections.ConfigDict,
+    observation_specs: Specs,
+    action_specs: Specs,
+    lock: Lock | None = None,
+) -> Lock:
+    """Makes the folder, locks it, and writes its settings and spaces.
+
+    Args:
+      logdir: the folder.
+      config: for `config.json`.
+      observation_specs: for `spaces.json`, and so are
+      action_specs: these.
+      lock: where it was taken before.
 
     Returns:
       The lock.
 
     Raises:
-      UserError: the folder cannot be written to, a setting cannot be written down, or another
-        process holds the lock.
+      UserError: the folder cannot be written to or holds links, a setting cannot be written down,
+        or another process holds the lock.
     """
     try:
-        text = json.dumps(config.to_dict(), indent=2)
-        logdir.mkdir(parents=True, exist_ok=True)
-        lock = Lock(logdir)
-        draft = logdir / 'config.json.draft'
-        draft.write_text(text + '\n')
-        draft.replace(logdir / 'config.json')  # there is no moment without a complete file
-        return lock
+        texts = {'config.json': json.dumps(config.to_dict(), indent=2)}
     except TypeError as error:
         raise UserError(
             f'config.env.kwargs takes numbers, text, lists and dictionaries only: {error}.'
         ) from error
-    except OSError as error:
-        raise UserError(
-            f'Cannot write to {logdir} ({error.strerror}); '
-            'choose another folder with --config.logdir.'
-        ) from error
+    texts['spaces.json'] = json.dumps(_spaces(observation_specs, action_specs), indent=2)
+    lock = lock or Lock(logdir)
+    with _writing(logdir):
+        _refuse_links(logdir)
+        for name, text in texts.items():
+            draft = logdir / f'{name}.draft'
+            draft.write_text(text + '\n')
+            draft.replace(logdir / name)  # there is no moment without a complete file
+    return lock
 
 
 def read_config(logdir: Path) -> ml_collections.ConfigDict:
@@ -105,19 +125,19 @@ def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: with every difference.
     """
-    if not (logdir / 'config.json').exists():
-        return
-    old, new = _flat(read_config(logdir)), _flat(config)
-    differences = [
-        f'{key}: {old.get(key, "absent")} then, {new.get(key, "absent")} now'
-        for key in sorted(old.keys() | new.keys())
-        if not key.startswith(MAY_CHANGE) and old.get(key) != new.get(key)
-    ]
-    if differences:
-        raise UserError(
-            f'{logdir} holds a run with other settings ({"; ".join(differences)}); '
-            'choose another folder with --config.logdir, or the same settings.'
-        )
+    if (logdir / 'config.json').exists():
+        _compare(logdir, 'settings', read_config(logdir).to_dict(), config.to_dict())
+
+
+def check_spaces(logdir: Path, observation_specs: Specs, action_specs: Specs) -> None:
+    """Refuses to go on with a run, or to play with it, in an environment with other spaces.
+
+    Raises:
+      UserError: with every difference.
+    """
+    path = logdir / 'spaces.json'
+    if path.exists():  # an older version wrote none
+        _compare(logdir, 'spaces', _read(path), _spaces(observation_specs, action_specs))
 
 
 def derived_seed(seed: int, start: int) -> int:
@@ -125,8 +145,58 @@ def derived_seed(seed: int, start: int) -> int:
     return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
 
 
-def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Settings by dotted name, with the values that they have when they come back from the file."""
+def _compare(logdir: Path, what: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = _flat(then), _flat(now)
+    differences = [
+        f'{key}: {old.get(key, "absent")} then, {new.get(key, "absent")} now'
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith(MAY_CHANGE) and old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f'{logdir} holds a run with other {what} ({"; ".join(differences)}); '
+            f'choose another folder with --config.logdir, or the same {what}.'
+        )
+
+
+def _spaces(observation_specs: Specs, action_specs: Specs) -> dict[str, Any]:
+    groups = {'observation': observation_specs, 'action': action_specs}
+    return {
+        group: {name: dataclasses.asdict(spec) for name, spec in specs.items()}
+        for group, specs in groups.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f'{path} is damaged: {error}.') from error
+
+
+def _refuse_links(logdir: Path) -> None:
+    """A folder that came from elsewhere must not lead what is written into other folders."""
+    for path in logdir.rglob('*'):
+        if path.is_symlink():
+            raise UserError(
+                f'{path} is a link, but a run writes in its own folder only; put what it points to '
+                'in its place, or choose another folder with --config.logdir.'
+            )
+
+
+@contextlib.contextmanager
+def _writing(logdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f'Cannot write to {logdir} ({error.strerror}); '
+            'choose another folder with --config.logdir.'
+        ) from error
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted name, as they are when they come back from the file."""
 
     def items(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -137,4 +207,4 @@ def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
                 result[prefix + key] = value
         return result
 
-    return items(json.loads(json.dumps(config.to_dict(), default=repr)), '')
+    return items(json.loads(json.dumps(settings, default=repr)), '')

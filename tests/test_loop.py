@@ -307,11 +307,11 @@ def test_an_interrupt_ends_the_updates_of_a_tick(tmp_path):
     with Trainer(config, tmp_path, 'tiny') as trainer:
         while not trainer.counters['updates']:
             trainer.tick()
-        trainer._interrupts.append(2)
+        trainer._interrupts.received.append(2)
         before = trainer.counters['updates']
         trainer.tick()
         assert trainer.counters['updates'] == before
-        trainer._interrupts.clear()
+        trainer._interrupts.received.clear()
         trainer.tick()  # the updates of both ticks
         missed = trainer.counters['updates'] - before
         trainer.tick()
@@ -400,7 +400,7 @@ def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
             loop.train(config, tmp_path, 'tiny')
         assert [path.name for path in tmp_path.iterdir()] == ['lock']
         other.kill()
-    lock = run_folder.create(tmp_path, config)
+    lock = run_folder.create(tmp_path, config, {}, {})
     with pytest.raises(UserError, match=f'in use by process {os.getpid()} of'):
         run_folder.Lock(tmp_path)
     lock.close()
@@ -409,11 +409,11 @@ def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
 
 def test_settings_survive(tmp_path):
     config = counter_config(env__kwargs={'sizes': (1, 2), 'names': {'a': None}})
-    run_folder.create(tmp_path, config)
+    run_folder.create(tmp_path, config, {}, {})
     run_folder.check(tmp_path, config)
     assert run_folder.read_config(tmp_path).env.kwargs.names.a is None
     with pytest.raises(UserError, match='env.kwargs takes numbers, text, lists'):
-        run_folder.create(tmp_path, counter_config(env__kwargs={'x': {1, 2}}))
+        run_folder.create(tmp_path, counter_config(env__kwargs={'x': {1, 2}}), {}, {})
     run_folder.check(tmp_path, config)
     (tmp_path / 'config.json').write_text('{"seed": 1')
     with pytest.raises(UserError, match='config.json is damaged'):
@@ -422,7 +422,7 @@ def test_settings_survive(tmp_path):
         run_folder.read_config(tmp_path / 'other')
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='Cannot write to'):
-        run_folder.create(tmp_path / 'file', config)
+        run_folder.create(tmp_path / 'file', config, {}, {})
 
 
 def test_messages(tmp_path, capsys):
@@ -585,7 +585,7 @@ def test_interruption(number, code, vectorization, tmp_path, compiled):
     """A real process, a real signal: it stops at once, and the same command goes on from there."""
     folder = tmp_path / 'run'
     config = counter_config(
-        run__steps=1_000_000, logdir=str(folder), env__vectorization=vectorization
+        size='cpu', run__steps=1_000_000, logdir=str(folder), env__vectorization=vectorization
     )
     command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstart']
     variables = tiny_runs.quick_variables(compiled) | {

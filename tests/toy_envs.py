@@ -101,6 +101,25 @@ class Counter(gymnasium.Env):
         return {'count': np.array([self._episode, self._step], float), 'action': action}
 
 
+class Clockwork(gymnasium.Env):
+    """Moves by its actions alone, and every episode is as long and begins alike."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self._step, self._place = 0, np.ones(2, np.float32)
+        return self._place, {}
+
+    def step(self, action: Any) -> Any:
+        self._step += 1
+        self._place = np.float32(0.9) * self._place[::-1] + action
+        return self._place, float(self._place[0]), self._step == self._length, False, {}
+
+
 class Camera(gymnasium.Env):
     """Observes an image; never ends."""
 

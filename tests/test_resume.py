@@ -1,0 +1,141 @@
+"""A run that is stopped and goes on equals the run that was not stopped, bit for bit.
+
+Environments cannot be saved: they begin new episodes. So the stops here come at the ends of
+episodes, in an environment whose episodes do not depend on anything but the actions.
+"""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+
+from dreamerv3_jax.loop import Trainer
+
+TICKS, LENGTH = 72, 3
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled(tmp_path_factory):
+    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def shared_agents(monkeypatch):
+    tiny_runs.share_agents(monkeypatch)
+
+
+def clockwork_config(**changes):
+    """Updates from every kind of sequence: fresh ones, uniform ones, some overwritten by now."""
+    changes = {'replay__capacity': 90, 'replay__train_ratio': 52.5, **changes}
+    return tiny_runs.run_config('toy_envs:Clockwork', env__kwargs={'length': LENGTH}, **changes)
+
+
+def everything(trainer):
+    """All that a run is, apart from its environments."""
+    trainer._finish_update()
+    replay = trainer._replay.state()
+    return (
+        jax.tree.map(np.array, trainer._state),
+        {name: array.copy() for name, array in replay['arrays'].items()},
+        replay['metadata'],
+        dict(trainer.counters),
+        trainer._ratio.state(),
+    )
+
+
+def play(config, folder, stops=(), updates_before_stop=None):
+    """Plays all ticks, and saves and starts anew after some of them; returns everything.
+
+    With `updates_before_stop` a signal comes amid the updates of the ticks before stops.
+    """
+    trainer = Trainer(config, folder, 'tiny')
+    for stop in [*stops, TICKS]:
+        for tick in range(trainer.counters['ticks'] + 1, stop + 1):
+            if tick in stops and updates_before_stop:
+                interrupt_after(trainer, updates_before_stop)
+            trainer.tick()
+        if stop in stops:
+            with trainer:
+                trainer.save()
+            trainer = Trainer(config, folder, 'tiny')
+    with trainer:
+        return everything(trainer)
+
+
+def interrupt_after(trainer, updates):
+    make_update, last = trainer._update, trainer.counters['updates'] + updates
+
+    def update():
+        make_update()
+        if trainer.counters['updates'] == last:
+            trainer._interrupts.received.append(15)
+
+    trainer._update = update
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
+    assert found[2:] == expected[2:]
+
+
+def random_stops(seed, period):
+    ends = np.arange(period, TICKS, period)
+    return sorted(np.random.default_rng(seed).choice(ends, 3, replace=False).tolist())
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ('on_disk', 'vectorization', 'autoreset', 'period'),
+    [
+        (False, 'sync', 'next_step', LENGTH + 1),
+        (True, 'sync', 'next_step', LENGTH + 1),
+        (True, 'async', 'same_step', LENGTH),
+    ],
+)
+def test_three_stops_change_nothing(on_disk, vectorization, autoreset, period, tmp_path):
+    config = clockwork_config(
+        replay__on_disk=on_disk, env__vectorization=vectorization, env__autoreset=autoreset
+    )
+    expected = play(config, tmp_path / 'whole')
+    state, _, metadata, counters, _ = expected
+    assert counters['ticks'] == TICKS and counters['updates'] > 60 < state.updates
+    for seed in range(2):
+        stops = random_stops(seed, period)
+        assert_equal(play(config, tmp_path / str(seed), stops), expected)
+
+
+@pytest.mark.medium
+def test_a_signal_amid_updates_changes_nothing(tmp_path):
+    """The updates that were due make way for saving, and are made first when the run goes on."""
+    config = clockwork_config(replay__train_ratio=128.0)  # eight updates a tick
+    stops = random_stops(0, LENGTH + 1)
+    expected = play(config, tmp_path / 'whole')
+    assert_equal(play(config, tmp_path / 'cut', stops, updates_before_stop=3), expected)
+
+
+def test_going_on_twice_is_the_same(tmp_path):
+    """Also where episodes begin at random: the seed of a start comes from what was saved."""
+    config = tiny_runs.run_config('Pendulum-v1')
+    with tiny_runs.ticked(config, tmp_path / 'one', 20) as trainer:
+        trainer.save()
+    shutil.copytree(tmp_path / 'one', tmp_path / 'other')
+    found = []
+    for name in ('one', 'other'):
+        with tiny_runs.ticked(config, tmp_path / name, 20) as trainer:
+            found.append(everything(trainer))
+    assert found[0][3]['ticks'] == 40 and found[0][3]['updates'] > 10
+    assert_equal(*found)
+
+
+def test_skipped_updates_in_a_row_are_counted_across_stops(tmp_path):
+    """Or a run that is stopped often would never say that its updates change nothing."""
+    config = clockwork_config()
+    with tiny_runs.ticked(config, tmp_path, 4) as trainer:
+        skipped = {'loss/reward': np.float32(np.nan), 'optimizer/skipped': np.float32(1)}
+        trainer._pending = (None, None, skipped)
+        trainer.save()
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        assert trainer.counters['skipped_in_a_row'] == trainer.counters['skipped'] == 1
