@@ -26,6 +26,10 @@ _Convert = Callable[[Any, tuple[int, ...]], np.ndarray]
 _Path = tuple[Any, ...]
 
 
+class BadRecord(ValueError):
+    """What an environment returned cannot be learned from; the text goes on after 'returned'."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
     """One flat array of an observation or of an action.
@@ -69,7 +73,7 @@ class ObservationAdapter:
         """
         self.specs: dict[str, ArraySpec] = {}
         self.messages: list[str] = []
-        self._leaves: list[tuple[str, _Path, _Convert]] = []
+        self._leaves: list[tuple[str, _Path, spaces.Space, _Convert]] = []
         leaves = _named_leaves(space, 'observation')
         layouts = {name: _image_layout(leaf) for name, (_, leaf) in leaves.items()}
         size = _common_size([layout for layout in layouts.values() if layout], image_size)
@@ -86,7 +90,7 @@ class ObservationAdapter:
             else:
                 spec, convert = _vector_observation(name, leaf)
             self.specs[name] = spec
-            self._leaves.append((name, path, convert))
+            self._leaves.append((name, path, leaf, convert))
         if not self.specs:
             raise UserError(
                 'The environment observes nothing; put an array in its observation space.'
@@ -98,12 +102,16 @@ class ObservationAdapter:
         Args:
           observation: an element of the space, or of its batched form.
           batch_shape: leading dimensions that every array of the observation has.
+
+        Raises:
+          BadRecord: a part has another shape or other kinds of numbers than its space.
         """
         result = {}
-        for name, path, convert in self._leaves:
+        for name, path, leaf, convert in self._leaves:
             value = observation
             for key in path:
                 value = value[key]
+            _check(name, np.asarray(value), (*batch_shape, *leaf.shape), leaf.dtype)
             result[name] = convert(value, batch_shape)
         return result
 
@@ -237,6 +245,25 @@ def _convert_image(
     return np.ascontiguousarray(image)
 
 
+def _check(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuses what would otherwise be scrambled, rounded or cut without a word."""
+    # Sides of length 1 mean nothing, and many environments are careless with them.
+    if [side for side in value.shape if side != 1] != [side for side in shape if side != 1]:
+        raise BadRecord(
+            f'an observation {name!r} of shape {value.shape} where its space has {shape}; correct '
+            'the space.'
+        )
+    if value.dtype.kind not in 'biuf':
+        raise BadRecord(f'an observation {name!r} of {value.dtype}, which are no numbers.')
+    if value.dtype.kind == 'f' and not np.isfinite(value).all():
+        raise BadRecord(f'an observation {name!r} that is not finite; repair or clip it.')
+    if value.dtype.kind == 'f' != dtype.kind and (value % 1).any():
+        raise BadRecord(
+            f'an observation {name!r} of {value.dtype} where its space has {dtype}; correct the '
+            'space.'
+        )
+
+
 def _vector_observation(name: str, space: spaces.Space) -> tuple[ArraySpec, _Convert]:
     if isinstance(space, spaces.Box):
         size = math.prod(space.shape)
@@ -249,7 +276,7 @@ def _vector_observation(name: str, space: spaces.Space) -> tuple[ArraySpec, _Con
 
     def convert_discrete(value: Any, batch_shape: tuple[int, ...]) -> np.ndarray:
         indices = np.array(value).reshape(*batch_shape, len(classes)) - start
-        return indices.astype(np.int32)
+        return indices.clip(-1, max(classes)).astype(np.int32)  # none comes into range by its cast
 
     return ArraySpec('discrete', (len(classes),), classes), convert_discrete
 

@@ -422,10 +422,15 @@ def test_async_failure_keeps_the_traceback():
 
 FAILURES = {
     'raise': 'Environment . of toy_envs:Counter failed: ValueError: the robot fell over .*line',
-    'wrong shape': 'failed: ValueError: cannot reshape array of size 3 into shape .2,. .*line',
+    'wrong shape': "an observation 'count' of shape .3,. where its space has .2,.; correct the",
+    'wrong dtype': "an observation 'count' of <U2, which are no numbers",
     'nan observation': "returned an observation 'count' that is not finite; repair or clip it.",
     'nan reward': 'Environment . of toy_envs:Counter returned a reward that is not finite',
+    'infinite reward': 'Environment . of toy_envs:Counter returned a reward that is not finite',
     'odd action': "returned an observation 'action' outside of its space",
+    'huge action': "returned an observation 'action' outside of its space",
+    'half an action': "an observation 'action' of float64 where its space has int64; correct the",
+    'quit': 'Environment . of toy_envs:Counter (failed: SystemExit|died: .* exit code 3)',
     'exit': 'died: its process ended with exit code 7',
     'hang': 'did not answer for 8 seconds',
 }
@@ -434,7 +439,8 @@ FAILURES = {
 @pytest.mark.parametrize('autoreset', ['next_step', 'same_step'])
 @pytest.mark.parametrize(
     ('vectorization', 'what'),
-    [('sync', what) for what in list(FAILURES)[:5]] + [('async', what) for what in FAILURES],
+    [('sync', what) for what in FAILURES if what not in ('exit', 'hang')]
+    + [('async', what) for what in FAILURES],
 )
 def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what, tmp_path):
     """The others go on, and the episode that was cut does not run on into the next one."""
@@ -485,6 +491,53 @@ def test_who_fails_again_and_again_is_given_up(vectorization, monkeypatch):
         for _ in range(10):
             env.step(ZEROS)
         assert env.pop_restarts() == 10
+
+
+def observed(env, ticks, before_tick=lambda: None):
+    """All that is observed, [ticks, N, 2], and where an episode begins, [ticks, N]."""
+    found = [env.reset()]
+    for _ in range(ticks):
+        before_tick()
+        found.append(env.step({'action': np.zeros((env.num_envs, 1), np.int32)})[0])
+    return np.stack([x.observation['count'] for x in found]), np.stack([x.is_first for x in found])
+
+
+@pytest.mark.parametrize('what', ['raise', 'nan observation', 'wrong shape', 'quit'])
+def test_one_bad_environment_of_sixteen_does_not_stop_the_others(what, monkeypatch):
+    monkeypatch.setattr(vector, 'ENOUGH_STEPS', 1)
+    bad, others = 5, np.arange(16) != 5
+    with make(num_envs=16) as env:
+        expected = observed(env, 30)
+    with make(num_envs=16, kwargs={'failure': what}) as env:
+
+        def spoil():
+            env._streams[bad]._env.unwrapped._fail_at = 2
+
+        found = observed(env, 30, spoil)
+        assert env.pop_restarts() > 5
+        assert all('Environment 5 of toy_envs:Counter' in text for text in env.messages)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one[:, others], other[:, others])
+    assert set(found[0][:, bad, 1]) == {0, 1}  # it never came to its second step
+
+
+@pytest.mark.medium
+def test_one_killed_worker_of_sixteen_does_not_stop_the_others():
+    with make(num_envs=16) as env:
+        expected = observed(env, 6)
+    with make(num_envs=16, vectorization='async') as env:
+        kills = iter([False, False, True, False, False, False])
+
+        def kill():
+            if next(kills):
+                os.kill(env._workers[5].pid, signal.SIGKILL)
+
+        found = observed(env, 6, kill)
+        assert env.pop_restarts() == 1 and 'exit code -9' in env.messages[0]
+    others = np.arange(16) != 5
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one[:, others], other[:, others])
+    assert found[0][3, 5].tolist() == [1, 0] and found[1][3, 5]
 
 
 def test_killed_workers():

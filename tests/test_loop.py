@@ -485,6 +485,39 @@ def test_restarted_environments_are_counted_and_their_episodes_cut(tmp_path, cap
     assert np.flatnonzero(data['is_first'][0, :12]).tolist() == [0, 4]
 
 
+def test_no_sequence_joins_what_an_environment_did_before_and_after_it_failed(tmp_path):
+    config = counter_config(env__num_envs=16, env__kwargs={'length': 30}, replay__train_ratio=0.5)
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        for tick in range(21):
+            if tick in (7, 11):
+                env = trainer._env._streams[5]._env
+                env._fail_at = env._step + 1
+            trainer.tick()
+        assert trainer.counters['restarts'] == 2
+        cuts = 0
+        for _ in range(100):
+            batch, index = trainer._replay.sample()
+            step = batch['observation/count'][..., 1]
+            cut = step[:, 1:] != step[:, :-1] + 1
+            np.testing.assert_array_equal(cut, batch['is_last'][:, :-1])
+            np.testing.assert_array_equal(cut, batch['is_first'][:, 1:])
+            assert not batch['is_terminal'].any() and (index.stream[cut.any(1)] == 5).all()
+            cuts += cut.sum()
+        assert cuts > 5
+
+
+def test_an_environment_that_only_fails_stops_the_run_in_the_end(tmp_path):
+    config = counter_config(env__num_envs=16, env__kwargs={'length': 9})
+    words = (
+        'Environment 5 of toy_envs:Counter failed: ValueError: the robot fell over .* again 3 times'
+    )
+    with Trainer(config, tmp_path, 'tiny') as trainer, pytest.raises(UserError, match=words):
+        for _ in range(20):
+            trainer._env._streams[5]._env._fail_at = 2
+            trainer.tick()
+    assert trainer.counters['restarts'] == 3
+
+
 # Updates that are not finite.
 
 
@@ -522,6 +555,19 @@ def test_skipped_updates_are_counted_and_leave_the_replay_alone(tmp_path, monkey
     assert np.isfinite(written['train/loss/reward'])
     with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
         assert trainer.counters['skipped'] == 3
+
+
+def test_every_loss_is_named(tmp_path, capsys):
+    with tiny_runs.ticked(counter_config(), tmp_path, 0) as trainer:
+        names = sorted(update.loss_scales(trainer._agent.observation_specs, trainer._agent.config))
+        for name in [*names, None]:
+            losses = {f'loss/{other}': 0.0 if other != name else np.nan for other in names}
+            trainer._count_skipped(losses | {'loss/total': np.nan, 'optimizer/skipped': 1.0})
+            trainer.counters['skipped_in_a_row'] = 0
+        assert trainer.counters['skipped'] == len(names) + 1 == 10
+    out = capsys.readouterr().out
+    for name in [*(f'loss/{name}' for name in names), 'the gradient']:
+        assert f'is skipped, as {name} is not finite; nothing has changed.' in out
 
 
 @pytest.mark.medium

@@ -1,9 +1,11 @@
 """A run that is stopped and goes on equals the run that was not stopped, bit for bit.
 
 Environments cannot be saved: they begin new episodes. So the stops here come at the ends of
-episodes, in an environment whose episodes do not depend on anything but the actions.
+episodes, in an environment whose episodes do not depend on anything but the actions; or they come
+anywhere, and the environments are handed on.
 """
 
+import copy
 import shutil
 
 import jax
@@ -46,21 +48,28 @@ def everything(trainer):
     )
 
 
-def play(config, folder, stops=(), updates_before_stop=None):
+def play(config, folder, stops=(), interrupted=False):
     """Plays all ticks, and saves and starts anew after some of them; returns everything.
 
-    With `updates_before_stop` a signal comes amid the updates of the ticks before stops.
+    If it is interrupted, a signal comes amid the updates of these ticks, and the environments and
+    what the policy remembers of them are handed on.
     """
     trainer = Trainer(config, folder, 'tiny')
     for stop in [*stops, TICKS]:
-        for tick in range(trainer.counters['ticks'] + 1, stop + 1):
-            if tick in stops and updates_before_stop:
-                interrupt_after(trainer, updates_before_stop)
+        while trainer.counters['ticks'] < stop:
+            if trainer.counters['ticks'] == stop - 1 and interrupted and stop < TICKS:
+                interrupt_after(trainer, 2)
             trainer.tick()
-        if stop in stops:
+        if stop < TICKS:
+            before, env = trainer, copy.copy(trainer._env)
             with trainer:
                 trainer.save()
             trainer = Trainer(config, folder, 'tiny')
+            if interrupted:
+                assert before._ratio._credit >= 1
+                env.reset = lambda before=before: before._records
+                trainer._env.close()
+                trainer._env, trainer._policy_state = env, before._policy_state
     with trainer:
         return everything(trainer)
 
@@ -110,10 +119,11 @@ def test_three_stops_change_nothing(on_disk, vectorization, autoreset, period, t
 @pytest.mark.medium
 def test_a_signal_amid_updates_changes_nothing(tmp_path):
     """The updates that were due make way for saving, and are made first when the run goes on."""
-    config = clockwork_config(replay__train_ratio=128.0)  # eight updates a tick
-    stops = random_stops(0, LENGTH + 1)
+    config = tiny_runs.run_config('toy_envs:Counter', replay__train_ratio=128.0)
+    config.env.kwargs = {'length': 5}  # four updates per step, and none where episodes end
+    stops = [20, 45, 63]
     expected = play(config, tmp_path / 'whole')
-    assert_equal(play(config, tmp_path / 'cut', stops, updates_before_stop=3), expected)
+    assert_equal(play(config, tmp_path / 'cut', stops, interrupted=True), expected)
 
 
 def test_going_on_twice_is_the_same(tmp_path):

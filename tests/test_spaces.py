@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.images import resize
-from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
+from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, BadRecord, ObservationAdapter
 
 
 def _flat_actions(adapter, rng, count):
@@ -310,3 +310,49 @@ def test_actions_belong_to_their_space(space):
         np.testing.assert_array_equal(batch[nested], again)
         if spec.kind == 'discrete':
             np.testing.assert_array_equal(again, actions[name])
+
+
+# What is no element of the space.
+
+
+@pytest.mark.parametrize(
+    ('space', 'value', 'words'),
+    [
+        (spaces.Box(-1, 1, (2, 3)), np.zeros((3, 2)), r"'observation' of shape \(3, 2\) where"),
+        (spaces.Box(0, 255, (64, 48, 3), np.uint8), np.zeros((3, 64, 48), np.uint8), 'shape'),
+        (spaces.Box(0, 255, (64, 48, 3), np.uint8), np.full((64, 48, 3), 0.5), 'of float64'),
+        (spaces.Box(0, 255, (64, 48, 3), np.uint8), np.full((64, 48, 3), np.nan), 'not finite'),
+        (spaces.Box(0, 1, (64, 48, 3)), np.full((64, 48, 3), np.inf), 'not finite'),
+        (spaces.Box(-1, 1, (2,)), np.array(['1', '2']), 'of <U1, which are no numbers'),
+        (spaces.Box(-1, 1, (2,)), np.array([1j, 2]), 'of complex128, which are no numbers'),
+        (spaces.Box(-1, 1, (2,)), [1.0, None], 'of object, which are no numbers'),
+        (spaces.Box(-1, 1, (2,)), None, r'of shape \(\)'),
+        (spaces.Discrete(3), 1.5, 'of float64 where its space has int64'),
+        (spaces.Discrete(3), np.nan, 'not finite'),
+        (spaces.MultiDiscrete([2, 3]), [1], r'of shape \(1,\) where its space has \(2,\)'),
+    ],
+)  # fmt: skip
+def test_what_is_no_element_of_the_space_is_refused(space, value, words):
+    with pytest.raises(BadRecord, match=words):
+        ObservationAdapter(space).convert(value)
+
+
+@pytest.mark.parametrize(
+    ('space', 'value'),
+    [
+        (spaces.Box(-1, 1, (2,)), [[1, 2]]),
+        (spaces.Box(-1, 1, (1,)), 0.5),
+        (spaces.Box(-1, 1, (1, 2)), (True, 0.5)),
+        (spaces.Discrete(3), np.array([2.0])),
+        (spaces.Box(0, 255, (64, 48), np.uint8), np.full((64, 48, 1), 7.0)),
+    ],
+)
+def test_sides_of_one_and_whole_floats_do_no_harm(space, value):
+    (found,) = ObservationAdapter(space).convert(value).values()
+    np.testing.assert_array_equal(found.ravel(), np.ravel(value))
+
+
+def test_classes_that_do_not_fit_stay_outside():
+    adapter = ObservationAdapter(spaces.MultiDiscrete([2, 3]))
+    (found,) = adapter.convert(np.array([2**32, -(2**40)])).values()
+    assert found.tolist() == [3, -1] and found.dtype == np.int32

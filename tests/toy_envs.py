@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -60,6 +61,8 @@ class Counter(gymnasium.Env):
                 os._exit(7)
             if self._failure == 'hang':
                 time.sleep(1000)
+            if self._failure == 'quit':
+                sys.exit(3)
             if self._failure != 'raise':
                 return self._rubbish()
             raise ValueError('the\nrobot fell over')
@@ -89,10 +92,18 @@ class Counter(gymnasium.Env):
         observation, reward = self._observation(0), 1.0
         if self._failure == 'nan reward':
             reward = math.nan
+        elif self._failure == 'infinite reward':
+            reward = math.inf
         elif self._failure == 'nan observation':
             observation['count'][1] = math.nan
         elif self._failure == 'odd action':
             observation['action'] = 4
+        elif self._failure == 'huge action':
+            observation['action'] = 2**32 + 1  # 1 in 32 bits
+        elif self._failure == 'half an action':
+            observation['action'] = 1.5
+        elif self._failure == 'wrong dtype':
+            observation['count'] = np.array(['11', '12'])
         else:
             observation['count'] = np.zeros(3)
         return observation, reward, False, False, {}

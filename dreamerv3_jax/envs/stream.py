@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
+from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, BadRecord, ObservationAdapter
 
 _USUAL_FRAME_RATE = 30.0  # of environments that do not say
 _LARGEST = float(np.finfo(np.float32).max)
@@ -28,10 +28,6 @@ class FinalRecords(NamedTuple):
 
     streams: np.ndarray  # [M] int64, indices of the streams that ended
     records: Records  # M of them, all is_last
-
-
-class BadRecord(Exception):
-    """What an environment returned cannot be learned from; the text goes on after 'returned'."""
 
 
 class Ending(NamedTuple):

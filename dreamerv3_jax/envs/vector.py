@@ -11,7 +11,6 @@ import numpy as np
 
 from dreamerv3_jax.envs.registry import Settings, make_env
 from dreamerv3_jax.envs.stream import (
-    BadRecord,
     Ending,
     FinalRecords,
     Records,
@@ -21,7 +20,7 @@ from dreamerv3_jax.envs.stream import (
     write_record,
 )
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.spaces import ArraySpec
+from dreamerv3_jax.spaces import ArraySpec, BadRecord
 
 ENOUGH_STEPS = 1000  # without a failure, after which the next one is the first in a row
 
@@ -251,7 +250,9 @@ class InProcess(Restartable):
                     self._streams[row].reset(self._records, row)
                 else:
                     answers[row] = self._streams[row].step(self._actions, self._records, row)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # some call exit(), and those in Rust panic
                 answers[row] = problem = failure(self._id, row, error)
                 problem.__cause__ = error
         return answers
@@ -299,7 +300,7 @@ def different_spaces(env_id: str) -> UserError:
     )
 
 
-def failure(env_id: str, index: int | None, error: Exception) -> UserError:
+def failure(env_id: str, index: int | None, error: BaseException) -> UserError:
     """Returns one readable sentence about an exception in an environment, or in all of them."""
     if isinstance(error, UserError):
         return error
