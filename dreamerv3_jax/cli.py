@@ -7,6 +7,7 @@ and mistakes are answered at once and a mistake leaves nothing behind.
 import argparse
 import difflib
 import importlib.metadata
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -143,7 +144,12 @@ def _train(arguments: list[str]) -> None:
     startup.prepare()
     from dreamerv3_jax import loop
 
-    loop.train(config, logdir, preset)
+    # Python would let compiling or saving end first; nothing is lost. The loop sees to the rest.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        loop.train(config, logdir, preset)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _build_config(

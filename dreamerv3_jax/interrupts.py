@@ -6,12 +6,19 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal came while nothing was under way that has to be finished."""
+
+
 class Interrupts:
-    """Collects the first signal, so that it does not come amid an update; the second is raised.
+    """Collects the first signal, so that it does not come amid an update.
+
+    The second one does what it would have done without this.
 
     Example:
       >>> interrupts = Interrupts(lambda: print('stopping'))
@@ -24,57 +31,53 @@ class Interrupts:
     """
 
     def __init__(self, notify: Callable[[], None]) -> None:
-        """`notify` is called when the first one comes."""
+        """`notify` is called when it comes."""
         self.received: list[int] = []  # signal numbers
         self._notify = notify
         self._raises = False
+        self._before: dict[int, Any] = {}  # handlers
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[None]:
-        """Collects them in this context, where it is left in the main thread: others get none.
-
-        Raises:
-          KeyboardInterrupt: the second one was Ctrl-C.
-          SystemExit: it was SIGTERM; the exit code is 143.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        """Collects it in this context, if that is in the main thread: others get no signals."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield
-        except KeyboardInterrupt as error:
-            raise self.exception() if self.received else error from None
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._hand_back()
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """Raises `KeyboardInterrupt` at the first one in this context, for what may take long."""
+        """Raises it as `Interrupted` in this context, for what may take for ever."""
         self._raises = True
         try:
             yield
         finally:
             self._raises = False
 
-    def came_first(self) -> bool:
-        """Whether an error came of the one signal so far, which all processes may have got.
+    def explain(self, error: BaseException) -> bool:
+        """Whether a signal to all processes is behind an error, as that of an environment's end.
 
-        SIGTERM may reach the environments' processes before this one, hence the short wait.
+        It may reach theirs before this one, so this takes half a second.
         """
-        time.sleep(0.5)
-        return len(self.received) == 1
+        if not isinstance(error, Interrupted):
+            time.sleep(0.5)
+        return bool(self.received)
 
     def exception(self) -> BaseException:
-        """Returns what ends the program with the exit code of the last signal."""
-        number = self.received[-1]
+        """Returns what ends the program with the exit code for the signal."""
+        (number,) = self.received
         return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
         self.received.append(number)
-        if len(self.received) == 1:
-            with contextlib.suppress(RuntimeError):  # the signal came amid another line
-                self._notify()
-        if len(self.received) > 1 or self._raises:
-            raise KeyboardInterrupt
+        self._hand_back()
+        with contextlib.suppress(RuntimeError):  # the signal came amid another line
+            self._notify()
+        if self._raises:
+            raise Interrupted
+
+    def _hand_back(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())

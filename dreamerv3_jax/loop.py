@@ -13,7 +13,7 @@ import numpy as np
 from dreamerv3_jax import checkpoint, envs, run_folder, sharding, steps
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.interrupts import Interrupts
+from dreamerv3_jax.interrupts import Interrupted, Interrupts
 from dreamerv3_jax.metrics import MetricWriter
 from dreamerv3_jax.progress import ProgressLine, Timer
 from dreamerv3_jax.replay import Replay, bytes_per_step, check_memory
@@ -168,10 +168,10 @@ class Trainer:
             while self.counters['frames'] < run.steps and not self._interrupts.received:
                 try:
                     self.tick()
-                except (UserError, KeyboardInterrupt):
-                    if self._interrupts.came_first():
-                        break
-                    raise
+                except (UserError, Interrupted) as error:
+                    if not self._interrupts.explain(error):
+                        raise
+                    break
                 now = time.monotonic()
                 self._progress.update(
                     self.counters['frames'], self.counters['updates'], self._timer.shares()

@@ -375,6 +375,33 @@ def test_workers_end_with_their_parent():
         time.sleep(0.05)
 
 
+def test_a_worker_that_hangs_ends_with_its_parent(tmp_path):
+    code = (
+        'import os, sys, time, test_envs\n'
+        'from dreamerv3_jax.envs.processes import Processes\n'
+        'kwargs = dict(fail_at=1, failure="hang", length=9, once=sys.argv[1])\n'
+        'env = test_envs.make(vectorization="async", num_envs=1, kwargs=kwargs)\n'
+        'env.reset()\n'
+        'env._actions["action"][:] = 0\n'
+        'env._connections[0].send("step")\n'
+        'while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n'
+        'print(env._workers[0].pid, flush=True)\n'
+        'os._exit(1)\n'
+    )
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'hung')],
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(here.parent), str(here)])},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=600,
+    )
+    deadline = time.monotonic() + 60
+    while _runs(int(result.stdout)):
+        assert time.monotonic() < deadline, 'a worker outlives its parent'
+        time.sleep(0.05)
+
+
 def _runs(pid):
     try:
         return b'multiprocessing' in Path(f'/proc/{pid}/cmdline').read_bytes()

@@ -10,13 +10,15 @@ import sys
 import time
 from fractions import Fraction
 
+import gymnasium
 import jax
 import numpy as np
 import pytest
 import tiny_runs
+import toy_envs
 from tiny_runs import SEQUENCES, STEPS
 
-from dreamerv3_jax import checkpoint, loop, policy, run_folder, update
+from dreamerv3_jax import checkpoint, envs, evaluation, loop, policy, run_folder, update
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.loop import Trainer
@@ -370,6 +372,62 @@ def test_other_settings_are_refused(tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     changes = dict(run__steps=50, mesh__fsdp=2, logdir='x', env__timeout=9.0)
     run_folder.check(tmp_path, counter_config(**changes))
+
+
+def test_other_spaces_are_refused(tmp_path, monkeypatch):
+    """The environment may have changed behind the same settings."""
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.save()
+    build = toy_envs.Counter.__init__
+
+    def build_other(self, **kwargs):
+        build(self, **kwargs)
+        self.observation_space['count'] = gymnasium.spaces.Box(-1, 1, (3,))
+        self.observation_space.spaces['new'] = gymnasium.spaces.Discrete(2)
+        self.action_space = gymnasium.spaces.Discrete(2)
+
+    monkeypatch.setattr(toy_envs.Counter, '__init__', build_other)
+    words = (
+        f'{tmp_path} holds a run with other spaces (action.action.classes: [3] then, [2] now; '
+        'observation.count.shape: [2] then, [3] now; observation.new.classes: absent then, [2] now;'
+        ' observation.new.kind: absent then, discrete now; observation.new.shape: absent then, [1] '
+        'now); choose another folder with --config.logdir, or the same spaces.'
+    )
+    for play in (
+        lambda: loop.train(counter_config(), tmp_path, 'tiny'),
+        lambda: evaluation.evaluate(tmp_path, episodes=1),
+    ):
+        with pytest.raises(UserError) as error:
+            play()
+        assert str(error.value) == words
+    (tmp_path / 'spaces.json').write_text('{')
+    with pytest.raises(UserError, match='spaces.json is damaged'):
+        loop.train(counter_config(), tmp_path, 'tiny')
+
+
+def test_who_waited_while_another_process_trained_sees_its_run(tmp_path, monkeypatch):
+    """The folder is locked before it is looked at: nobody starts anew over a fresh checkpoint."""
+    tmp_path.joinpath('run').mkdir()
+    make = envs.make
+
+    def train_elsewhere(config, seed):
+        with pytest.raises(UserError, match='is in use by process'):
+            run_folder.Lock(tmp_path / 'run')
+        return make(config, seed)
+
+    monkeypatch.setattr(envs, 'make', train_elsewhere)
+    with Trainer(counter_config(), tmp_path / 'run', 'tiny'):
+        pass
+
+
+def test_what_fails_to_start_leaves_nothing_open(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(envs.vector.InProcess, 'close', lambda self: closed.append(self))
+    monkeypatch.setattr(loop, 'MetricWriter', lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        Trainer(counter_config(), tmp_path, 'tiny')
+    assert error and len(closed) == 1
+    run_folder.Lock(tmp_path)
 
 
 def test_settings_of_an_older_version(tmp_path):

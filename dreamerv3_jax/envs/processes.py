@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -180,6 +181,7 @@ def _stop(workers: Sequence[Any]) -> None:
 def _work(connection: Connection, settings: Settings, index: int) -> None:
     """Runs one environment until told to close, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     stream: Stream | None = None
     try:
         stream = open_stream(settings, index)
@@ -207,6 +209,15 @@ def _work(connection: Connection, settings: Settings, index: int) -> None:
     finally:
         if stream is not None:
             stream.close()
+
+
+def _end_with_parent() -> None:
+    """Ends this process with its parent, even while its environment hangs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    time.sleep(_SHUTDOWN_SECONDS)  # in which it ends properly, unless it hangs
+    os._exit(1)
 
 
 @contextlib.contextmanager

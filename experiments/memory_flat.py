@@ -1,0 +1,78 @@
+"""Is the memory of a long run flat? Trains from pixels long after the replay is full.
+
+python -m experiments.memory_flat [STEPS]
+
+This is the real loop, checkpoints included, for 200,000 steps of the environments with a tiny agent
+and few updates. It fails where the resident memory moves by more than 2%. Linux only.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dreamerv3_jax import startup
+from dreamerv3_jax.presets import load_config
+
+CAPACITY = 20_000
+POINTS = 50
+
+
+def config(steps: int) -> Any:
+    """One update for every 100 steps."""
+    settings = load_config('gymnasium:nano')
+    settings.env.update(id='Hover-v0', num_envs=16, vectorization='sync')
+    settings.agent.update(deter=32, hidden=8, units=8, depth=2, stoch=4, classes=4, bins=15)
+    settings.replay.update(capacity=CAPACITY, batch_size=4, batch_length=16, train_ratio=0.64)
+    settings.run.update(steps=steps, log_every=1.0, checkpoint_every=15.0)
+    return settings
+
+
+def measure(settings: Any, folder: Path) -> list[tuple[int, int]]:
+    """Returns steps and resident bytes at points from the full replay to the end of a run."""
+    from dreamerv3_jax.loop import Trainer
+
+    found: list[tuple[int, int]] = []
+    with Trainer(settings, folder, 'memory_flat') as trainer:
+        tick, capacity, total = trainer.tick, settings.replay.capacity, settings.run.steps
+        distance = (total - capacity) // POINTS
+
+        def measured_tick() -> None:
+            tick()
+            steps = trainer.counters['steps']
+            if len(trainer._replay) < capacity // settings.env.num_envs * settings.env.num_envs:
+                return
+            if not found:
+                trainer.save()  # the first one takes memory that later ones find
+            if not found or steps >= found[-1][0] + distance:
+                found.append((steps, resident_bytes()))
+
+        trainer.tick = measured_tick  # type: ignore[method-assign]
+        trainer.run()
+    return found
+
+
+def resident_bytes() -> int:
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def drift(found: list[tuple[int, int]]) -> float:
+    """Largest distance from the first point, as a share of it."""
+    first = found[0][1]
+    return max(abs(size - first) for _, size in found) / first
+
+
+def main() -> None:
+    steps = int(float(sys.argv[1])) if len(sys.argv) > 1 else 200_000
+    startup.prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(config(steps), Path(folder))
+    for at, size in found:
+        print(f'{at:>9,} steps  {size / 1e6:8.1f} MB')
+    print(f'drift {drift(found):.2%} after the replay was full')
+    sys.exit(drift(found) > 0.02)
+
+
+if __name__ == '__main__':
+    main()

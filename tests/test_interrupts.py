@@ -1,0 +1,103 @@
+"""Ctrl-C and SIGTERM, in real processes: a run is saved in time, and the second one ends it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_runs
+
+from dreamerv3_jax import checkpoint
+
+SCRIPT = """
+import json, pathlib, sys, time
+import tiny_runs
+from dreamerv3_jax import checkpoint, cli, loop
+
+def slow_save(self, directory, args):
+    pathlib.Path(sys.argv[1], 'saving').touch()
+    time.sleep(1000)
+
+changes = json.loads(sys.argv[2])
+if changes.pop('slow_save', False):
+    checkpoint._ArrayFiles.save = slow_save
+changes |= {'logdir': sys.argv[1] + '/run', 'run__steps': 1_000_000, 'replay__train_ratio': 1.0}
+config = tiny_runs.run_config('toy_envs:Counter', **changes)
+cli._build_config = lambda *_: (config, 'tiny')
+sys.exit(cli.main(['train']))
+"""
+
+
+@pytest.fixture
+def start(tmp_path, tmp_path_factory):
+    """Starts a run with these changes of its settings; returns the process."""
+    processes = []
+
+    def start(**changes):
+        here = Path(__file__).parent
+        variables = tiny_runs.quick_variables(tmp_path_factory.getbasetemp() / 'compiled')
+        variables |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{here.parent}{os.pathsep}{here}'}
+        process = subprocess.Popen(
+            [sys.executable, '-c', SCRIPT, str(tmp_path), json.dumps(changes)],
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 180
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ends_within(seconds, process):
+    started = time.monotonic()
+    out, err = process.communicate(timeout=180)
+    assert time.monotonic() - started < seconds, out + err
+    assert err == ''
+    return process.returncode
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ('number', 'code', 'vectorization'),
+    [(signal.SIGTERM, 143, 'async'), (signal.SIGINT, 130, 'sync')],
+)
+def test_an_environment_that_hangs_does_not_delay_saving(
+    number, code, vectorization, start, tmp_path
+):
+    hung = tmp_path / 'hung'
+    kwargs = {'length': 99, 'fail_at': 40, 'failure': 'hang', 'once': str(hung)}
+    process = start(env__vectorization=vectorization, env__kwargs=kwargs)
+    wait_for(hung, process)
+    process.send_signal(number)
+    assert ends_within(30, process) == code
+    assert checkpoint.latest_step(tmp_path / 'run' / 'checkpoints') == 40
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_ends_even_saving(number, code, start, tmp_path):
+    process = start(slow_save=True, run__checkpoint_every=1e-9)
+    wait_for(tmp_path / 'saving', process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert ends_within(10, process) in (code, -number)  # both are `code` to a shell
+    assert checkpoint.latest_step(tmp_path / 'run' / 'checkpoints') is None
