@@ -49,7 +49,13 @@ class Interrupts:
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """Raises it as `Interrupted` in this context, for what may take for ever."""
+        """Raises it as `Interrupted` in this context, for what may take for ever.
+
+        Raises:
+          Interrupted: also at the start, if it came before.
+        """
+        if self.received:
+            raise Interrupted
         self._raises = True
         try:
             yield

@@ -111,7 +111,8 @@ class ObservationAdapter:
             value = observation
             for key in path:
                 value = value[key]
-            _check(name, np.asarray(value), (*batch_shape, *leaf.shape), leaf.dtype)
+            shape = (*batch_shape, *(leaf.shape or ()))
+            _check(name, np.asarray(value), shape, np.dtype(leaf.dtype))
             result[name] = convert(value, batch_shape)
         return result
 

@@ -233,7 +233,9 @@ def test_missing_run(tmp_path):
 
 def test_other_spaces(run):
     specs = tiny_runs.specs(gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(CHOICES))
-    with pytest.raises(UserError, match='is of another agent: .* is .* there and .* here'):
+    with pytest.raises(
+        UserError, match='with other spaces .*observation.count.shape: .2. then, absent'
+    ):
         Player(run, *specs)
 
 

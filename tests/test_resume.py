@@ -5,6 +5,7 @@ episodes, in an environment whose episodes do not depend on anything but the act
 anywhere, and the environments are handed on.
 """
 
+import contextlib
 import copy
 import shutil
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
+from dreamerv3_jax.interrupts import Interrupted
 from dreamerv3_jax.loop import Trainer
 
 TICKS, LENGTH = 72, 3
@@ -59,7 +61,8 @@ def play(config, folder, stops=(), interrupted=False):
         while trainer.counters['ticks'] < stop:
             if trainer.counters['ticks'] == stop - 1 and interrupted and stop < TICKS:
                 interrupt_after(trainer, 2)
-            trainer.tick()
+            with contextlib.suppress(Interrupted):
+                trainer.tick()
         if stop < TICKS:
             before, env = trainer, copy.copy(trainer._env)
             with trainer:
@@ -67,7 +70,8 @@ def play(config, folder, stops=(), interrupted=False):
             trainer = Trainer(config, folder, 'tiny')
             if interrupted:
                 assert before._ratio._credit >= 1
-                env.reset = lambda before=before: before._records
+                records, _ = env.step(jax.device_get(before._policy_state.action))
+                env.reset = lambda records=records: records
                 trainer._env.close()
                 trainer._env, trainer._policy_state = env, before._policy_state
     with trainer:

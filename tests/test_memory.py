@@ -1,0 +1,75 @@
+"""Long runs and many evaluations keep nothing: memory, processes, threads, files, programs."""
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_runs
+
+from dreamerv3_jax.evaluation import evaluate
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs Linux')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled(tmp_path_factory):
+    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
+        yield
+
+
+@pytest.mark.medium
+def test_memory_is_flat_once_the_replay_is_full(tmp_path, monkeypatch):
+    """A leak of one picture per step would be 50 MB here."""
+    monkeypatch.syspath_prepend(ROOT)
+    from experiments import memory_flat
+
+    config = tiny_runs.run_config('toy_envs:Camera', replay__capacity=400)
+    config.replay.train_ratio = 0.32  # an update every hundred steps
+    config.run.update(steps=4400, checkpoint_every=1.0, log_every=0.1)
+    found = memory_flat.measure(config, tmp_path)
+    assert len(found) == memory_flat.POINTS + 1
+    assert memory_flat.growth(found) < 0.02
+    assert memory_flat.growth([(0, 100), (1, 50), (2, 60), (3, 55)]) == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_for_200_000_steps():
+    subprocess.run([sys.executable, '-m', 'experiments.memory_flat'], cwd=ROOT, check=True)
+
+
+def held():
+    """Numbers of what this process holds."""
+    gc.collect()
+    return {
+        'processes': len(multiprocessing.active_children()),
+        'threads': len(os.listdir('/proc/self/task')),
+        'files': len(os.listdir('/proc/self/fd')),
+        'programs': len(jax.devices()[0].client.live_executables()),
+        'arrays': len(jax.live_arrays()),
+    }
+
+
+@pytest.mark.parametrize(
+    'count', [pytest.param(4, marks=pytest.mark.medium), pytest.param(50, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_evaluations_leave_nothing_behind(count, vectorization, tmp_path):
+    """With an agent of its own each, which compiles its own policy."""
+    config = tiny_runs.run_config('toy_envs:Counter', env__vectorization=vectorization)
+    with tiny_runs.ticked(config, tmp_path, 3) as trainer:
+        trainer.save()
+    del trainer
+    evaluate(tmp_path, episodes=2)
+    before = held()
+    for _ in range(count):
+        evaluate(tmp_path, episodes=2)
+    after = held()
+    assert before['processes'] == 0
+    assert not {name: (before[name], after[name]) for name in after if after[name] > before[name]}
