@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, in real processes: a run is saved in time, and the second one ends it."""
 
+import doctest
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
-from dreamerv3_jax import checkpoint
+from dreamerv3_jax import checkpoint, interrupts
 
 SCRIPT = """
 import json, pathlib, sys, time
@@ -101,3 +102,8 @@ def test_the_second_signal_ends_even_saving(number, code, start, tmp_path):
     process.send_signal(number)
     assert ends_within(10, process) in (code, -number)  # both are `code` to a shell
     assert checkpoint.latest_step(tmp_path / 'run' / 'checkpoints') is None
+
+
+def test_example():
+    results = doctest.testmod(interrupts)
+    assert results.attempted and not results.failed
