@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
+import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -68,7 +71,8 @@ class _ArrayArgs(ocp.args.CheckpointArgs):
 class Checkpointer:
     """Writes and reads the checkpoints in one folder; the newest `KEEP` are kept.
 
-    A checkpoint that cannot be read is passed over with a warning, and the one before it is taken.
+    Everything has a checksum. A checkpoint that cannot be read, or not as it was written, is passed
+    over with a warning, and the one before it is taken.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,12 +92,16 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         items: dict[str, Any] = {'state': ocp.args.StandardSave(saved.state)}
-        counters = saved.counters | {'layout': _layout(saved.state)}
+        counters = saved.counters | {
+            'layout': _layout(saved.state),
+            'state checksums': _state_checksums(saved.state),
+        }
         # Empty files, such as those of a replay before its first step, cannot be mapped.
         if saved.replay is not None and all(x.size for x in saved.replay['arrays'].values()):
             items['replay'] = _ArrayArgs(saved.replay['arrays'])
             counters['replay'] = saved.replay['metadata']
-        items['counters'] = ocp.args.JsonSave(counters)
+            counters['replay checksums'] = _checksums(saved.replay['arrays'])
+        items['counters'] = ocp.args.JsonSave({'values': counters, 'checksum': _json_sum(counters)})
         try:
             with _silence():
                 self._manager.save(step, args=ocp.args.Composite(**items))
@@ -141,13 +149,17 @@ class Checkpointer:
             try:
                 with _silence():
                     return step, self._read(step, abstract, with_replay)
-            except (KeyError, OSError, TypeError, ValueError) as error:  # by what is damaged
+            except UserError:
+                raise
+            except Exception as error:  # which one follows from what is damaged
                 reason = _one_line(error)
                 logging.getLogger(__name__).warning(
                     'The checkpoint %s is damaged and was passed over: %s',
                     self._folder / str(step),
                     reason,
                 )
+            with _silence():
+                gc.collect()  # of threads' errors, which are printed when they go
         raise UserError(
             f'{self._folder} holds no checkpoint that can be read ({reason or "it is empty"}); '
             'delete the folder of the run to start anew.'
@@ -157,19 +169,27 @@ class Checkpointer:
         def read(**items: Any) -> Any:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-        counters = read(counters=ocp.args.JsonRestore())['counters']
+        sealed = read(counters=ocp.args.JsonRestore())['counters']
+        counters = sealed['values']
+        if _json_sum(counters) != sealed['checksum']:
+            raise ValueError('the counters are not those that were written.')
         ours = _layout(abstract)
-        theirs = counters.pop('layout', ours)
+        theirs = counters.pop('layout')
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
                 raise UserError(
                     f'The checkpoint {self._folder / str(step)} is of another agent: {name} is '
                     f'{theirs.get(name, "absent")} there and {ours.get(name, "absent")} here.'
                 )
+        state = read(state=ocp.args.StandardRestore(abstract))['state']
+        _compare(counters.pop('state checksums'), _state_checksums(state))
         metadata, replay = counters.pop('replay', None), None
+        expected = counters.pop('replay checksums', {})
         if with_replay and metadata is not None:
-            replay = {'arrays': read(replay=_ArrayArgs())['replay'], 'metadata': metadata}
-        return Saved(read(state=ocp.args.StandardRestore(abstract))['state'], replay, counters)
+            arrays = read(replay=_ArrayArgs())['replay']
+            _compare(expected, _checksums(arrays))
+            replay = {'arrays': arrays, 'metadata': metadata}
+        return Saved(state, replay, counters)
 
 
 def abstract_state(state: Any) -> Any:
@@ -181,11 +201,39 @@ def abstract_state(state: Any) -> Any:
 
 def _layout(state: TrainState) -> dict[str, str]:
     """Dtype and shape of every array by name."""
+    return {name: f'{x.dtype}{list(x.shape)}' for name, x in _named(state)}
+
+
+def _state_checksums(state: TrainState) -> dict[str, int]:
+    # One after the other, as a copy of them all may not fit into the memory.
+    return {name: _checksum(np.asarray(x)[None]) for name, x in _named(state)}
+
+
+def _named(state: TrainState) -> list[tuple[str, Any]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator='/'): f'{x.dtype}{list(x.shape)}'
-        for path, x in leaves
-    }
+    return [(jax.tree_util.keystr(path, simple=True, separator='/'), x) for path, x in leaves]
+
+
+def _checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {name: _checksum(array) for name, array in arrays.items()}
+
+
+def _checksum(array: np.ndarray) -> int:
+    """CRC-32 of the values, row by row: those of a replay's views are contiguous."""
+    result = 0
+    for row in array:
+        result = zlib.crc32(np.ascontiguousarray(row).reshape(-1).view(np.uint8), result)
+    return result
+
+
+def _json_sum(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _compare(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(f'{name} is not what was written.')
 
 
 def _one_line(error: Exception) -> str:
@@ -196,11 +244,13 @@ def _one_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Hides what orbax and its threads print about what went wrong; it raises as well."""
-    logger = logging.getLogger('absl')
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

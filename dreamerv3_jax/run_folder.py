@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def create(
         or another process holds the lock.
     """
     try:
-        texts = {'config.json': json.dumps(config.to_dict(), indent=2)}
+        settings = config.to_dict()
+        settings |= {'checksum': _checksum(settings)}
+        texts = {'config.json': json.dumps(settings, indent=2)}
     except TypeError as error:
         raise UserError(
             f'config.env.kwargs takes numbers, text, lists and dictionaries only: {error}.'
@@ -109,13 +112,15 @@ def read_config(logdir: Path) -> ml_collections.ConfigDict:
     path = logdir / 'config.json'
     try:
         settings = json.loads(path.read_text())
+        if settings.pop('checksum') != _checksum(settings):
+            raise ValueError('it is not what was written')
         settings['env'] = base.get_config().env.to_dict() | settings['env']  # of an older version
         return ml_collections.ConfigDict(settings)
     except OSError as error:
         raise UserError(
             f'{logdir} holds no run: {path.name} cannot be read ({error.strerror}).'
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'{path} is damaged: {error}.') from error
 
 
@@ -193,6 +198,10 @@ def _writing(logdir: Path) -> Iterator[None]:
             f'Cannot write to {logdir} ({error.strerror}); '
             'choose another folder with --config.logdir.'
         ) from error
+
+
+def _checksum(settings: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(settings, sort_keys=True).encode())
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

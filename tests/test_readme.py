@@ -83,3 +83,13 @@ def test_links():
     for target in re.findall(r'\]\(([^)#]+)', README):
         if not re.match(r'\w+:', target):
             assert (ROOT / target).exists(), f'the README links to {target}, which is missing'
+
+
+def test_reliability_names_its_tests():
+    text = (ROOT / 'docs/reliability.md').read_text()
+    named = re.findall(r'(test_\w+\.py)(?: -k (?:"([^"]+)"|(\w+)))?', text)
+    assert len(named) > 15
+    for file, words, word in named:
+        source = (ROOT / 'tests' / file).read_text()
+        for part in (words or word).split(' or '):
+            assert re.search(rf'^ *def test_\w*{part}', source, re.MULTILINE), (file, part)
