@@ -172,6 +172,7 @@ class ProgressLine:
         then, steps_then, updates_then = points[0]
         elapsed = max(self._drawn - then, 1e-9)
         rate = (steps - steps_then) / elapsed
+        left = max(self._total - steps, 0)
         return Status(
             steps=steps,
             total=self._total,
@@ -180,7 +181,7 @@ class ProgressLine:
             steps_per_second=rate,
             updates_per_second=(updates - updates_then) / elapsed,
             shares=shares,
-            seconds_left=max(self._total - steps, 0) / rate if rate and updates_then else None,
+            seconds_left=left / max(rate, 1e-9) if rate and updates_then or not left else None,
         )
 
 
