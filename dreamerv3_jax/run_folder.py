@@ -112,7 +112,8 @@ def read_config(logdir: Path) -> ml_collections.ConfigDict:
     path = logdir / 'config.json'
     try:
         settings = json.loads(path.read_text())
-        if settings.pop('checksum') != _checksum(settings):
+        checksum = settings.pop('checksum', None)  # an older version wrote none
+        if checksum not in (None, _checksum(settings)):
             raise ValueError('it is not what was written')
         settings['env'] = base.get_config().env.to_dict() | settings['env']  # of an older version
         return ml_collections.ConfigDict(settings)

@@ -437,10 +437,19 @@ def test_settings_of_an_older_version(tmp_path):
         trainer.save()
     path = tmp_path / 'config.json'
     settings = json.loads(path.read_text())
-    del settings['env']['timeout']
+    del settings['env']['timeout'], settings['checksum']
     path.write_text(json.dumps(settings))
     assert run_folder.read_config(tmp_path).env.timeout == counter_config().env.timeout
     run_folder.check(tmp_path, counter_config())
+
+
+def test_changed_settings_are_damaged(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.save()
+    path = tmp_path / 'config.json'
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match='config.json is damaged: it is not what was written'):
+        run_folder.read_config(tmp_path)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_forgotten(tmp_path):
