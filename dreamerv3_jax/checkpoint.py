@@ -222,7 +222,7 @@ def _checksum(array: np.ndarray) -> int:
     """CRC-32 of the values, row by row: those of a replay's views are contiguous."""
     result = 0
     for row in array:
-        result = zlib.crc32(np.ascontiguousarray(row).reshape(-1).view(np.uint8), result)
+        result = zlib.crc32(np.ascontiguousarray(row).reshape(-1).view(np.uint8).data, result)
     return result
 
 
