@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import gc
 import io
 import json
 import logging
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -22,6 +21,7 @@ from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.train_state import TrainState
 
 KEEP = 2
+CHECKSUMS = 'checksums.json'  # of the files of a checkpoint, in its folder
 
 
 def latest_step(folder: Path) -> int | None:
@@ -71,8 +71,8 @@ class _ArrayArgs(ocp.args.CheckpointArgs):
 class Checkpointer:
     """Writes and reads the checkpoints in one folder; the newest `KEEP` are kept.
 
-    Everything has a checksum. A checkpoint that cannot be read, or not as it was written, is passed
-    over with a warning, and the one before it is taken.
+    A checkpoint that cannot be read, or whose files are not as they were written, is passed over
+    with a warning, and the one before it is taken.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,20 +92,18 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         items: dict[str, Any] = {'state': ocp.args.StandardSave(saved.state)}
-        counters = saved.counters | {
-            'layout': _layout(saved.state),
-            'state checksums': _state_checksums(saved.state),
-        }
+        counters = saved.counters | {'layout': _layout(saved.state)}
         # Empty files, such as those of a replay before its first step, cannot be mapped.
         if saved.replay is not None and all(x.size for x in saved.replay['arrays'].values()):
             items['replay'] = _ArrayArgs(saved.replay['arrays'])
             counters['replay'] = saved.replay['metadata']
-            counters['replay checksums'] = _checksums(saved.replay['arrays'])
-        items['counters'] = ocp.args.JsonSave({'values': counters, 'checksum': _json_sum(counters)})
+        items['counters'] = ocp.args.JsonSave(counters)
         try:
             with _silence():
-                self._manager.save(step, args=ocp.args.Composite(**items))
+                if not self._manager.save(step, args=ocp.args.Composite(**items)):
+                    raise OSError('there is a later one already')
                 self._manager.wait_until_finished()
+            _write_checksums(self._folder / str(step))
         except (OSError, ValueError) as error:
             text = _one_line(error)
             kind = NoRoom if re.search('no space left|quota', text, re.IGNORECASE) else UserError
@@ -133,7 +131,9 @@ class Checkpointer:
         newest, saved = self._newest(abstract, with_replay=True)
         for step in self._manager.all_steps():
             if step > newest:
-                (self._folder / str(step)).rename(self._folder / f'damaged-{step}')
+                damaged = self._folder / f'damaged-{step}'
+                shutil.rmtree(damaged, ignore_errors=True)  # of a damage before
+                (self._folder / str(step)).rename(damaged)
         with _silence():
             self._manager.reload()
         return saved
@@ -149,47 +149,37 @@ class Checkpointer:
             try:
                 with _silence():
                     return step, self._read(step, abstract, with_replay)
-            except UserError:
-                raise
-            except Exception as error:  # which one follows from what is damaged
+            except (KeyError, OSError, TypeError, ValueError) as error:  # by what is damaged
                 reason = _one_line(error)
                 logging.getLogger(__name__).warning(
                     'The checkpoint %s is damaged and was passed over: %s',
                     self._folder / str(step),
                     reason,
                 )
-            with _silence():
-                gc.collect()  # of threads' errors, which are printed when they go
         raise UserError(
             f'{self._folder} holds no checkpoint that can be read ({reason or "it is empty"}); '
-            'delete the folder of the run to start anew.'
+            'move the folder of the run away to start anew.'
         )
 
     def _read(self, step: int, abstract: TrainState, with_replay: bool) -> Saved:
+        _check_checksums(self._folder / str(step), with_replay)
+
         def read(**items: Any) -> Any:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-        sealed = read(counters=ocp.args.JsonRestore())['counters']
-        counters = sealed['values']
-        if _json_sum(counters) != sealed['checksum']:
-            raise ValueError('the counters are not those that were written.')
+        counters = read(counters=ocp.args.JsonRestore())['counters']
         ours = _layout(abstract)
-        theirs = counters.pop('layout')
+        theirs = counters.pop('layout', ours)
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
                 raise UserError(
                     f'The checkpoint {self._folder / str(step)} is of another agent: {name} is '
                     f'{theirs.get(name, "absent")} there and {ours.get(name, "absent")} here.'
                 )
-        state = read(state=ocp.args.StandardRestore(abstract))['state']
-        _compare(counters.pop('state checksums'), _state_checksums(state))
         metadata, replay = counters.pop('replay', None), None
-        expected = counters.pop('replay checksums', {})
         if with_replay and metadata is not None:
-            arrays = read(replay=_ArrayArgs())['replay']
-            _compare(expected, _checksums(arrays))
-            replay = {'arrays': arrays, 'metadata': metadata}
-        return Saved(state, replay, counters)
+            replay = {'arrays': read(replay=_ArrayArgs())['replay'], 'metadata': metadata}
+        return Saved(read(state=ocp.args.StandardRestore(abstract))['state'], replay, counters)
 
 
 def abstract_state(state: Any) -> Any:
@@ -201,39 +191,36 @@ def abstract_state(state: Any) -> Any:
 
 def _layout(state: TrainState) -> dict[str, str]:
     """Dtype and shape of every array by name."""
-    return {name: f'{x.dtype}{list(x.shape)}' for name, x in _named(state)}
-
-
-def _state_checksums(state: TrainState) -> dict[str, int]:
-    # One after the other, as a copy of them all may not fit into the memory.
-    return {name: _checksum(np.asarray(x)[None]) for name, x in _named(state)}
-
-
-def _named(state: TrainState) -> list[tuple[str, Any]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return [(jax.tree_util.keystr(path, simple=True, separator='/'), x) for path, x in leaves]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): f'{x.dtype}{list(x.shape)}'
+        for path, x in leaves
+    }
 
 
-def _checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    return {name: _checksum(array) for name, array in arrays.items()}
+def _write_checksums(folder: Path) -> None:
+    # A process that is killed before this leaves a checkpoint that is complete, but not checked.
+    files = [path for path in sorted(folder.rglob('*')) if path.is_file()]
+    sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    draft = folder / f'{CHECKSUMS}.draft'
+    draft.write_text(json.dumps(sums, indent=2) + '\n')
+    draft.replace(folder / CHECKSUMS)
 
 
-def _checksum(array: np.ndarray) -> int:
-    """CRC-32 of the values, row by row: those of a replay's views are contiguous."""
+def _check_checksums(folder: Path, with_replay: bool) -> None:
+    path = folder / CHECKSUMS
+    sums = json.loads(path.read_text()) if path.exists() else {}
+    for name, expected in sums.items():
+        if (with_replay or not name.startswith('replay/')) and _checksum(folder / name) != expected:
+            raise ValueError(f'{name} is not as it was written.')
+
+
+def _checksum(path: Path) -> int:
     result = 0
-    for row in array:
-        result = zlib.crc32(np.ascontiguousarray(row).reshape(-1).view(np.uint8).data, result)
+    with path.open('rb') as file:
+        while piece := file.read(1 << 20):  # a replay does not fit into memory twice
+            result = zlib.crc32(piece, result)
     return result
-
-
-def _json_sum(values: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _compare(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(f'{name} is not what was written.')
 
 
 def _one_line(error: Exception) -> str:
@@ -244,13 +231,11 @@ def _one_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Hides what orbax and its threads print about what went wrong; it raises as well."""
-    loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    logger = logging.getLogger('absl')
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)

@@ -7,6 +7,7 @@ and mistakes are answered at once and a mistake leaves nothing behind.
 import argparse
 import difflib
 import importlib.metadata
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-      The exit code: 0, 2 after a mistake that was answered with one sentence, 130 after Ctrl-C.
+      The exit code: 0, 2 after a mistake that was answered with one sentence, 130 after Ctrl-C, 141
+      where what reads the output has ended, as `head` does.
 
     Raises:
       SystemExit: with code 143, after SIGTERM; the run was saved.
@@ -109,6 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        return 141
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # which the interpreter would tell of, as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -145,7 +154,9 @@ def _train(arguments: list[str]) -> None:
     from dreamerv3_jax import loop
 
     # Python would let compiling or saving end first; nothing is lost. The loop sees to the rest.
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # as a job in the background has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         loop.train(config, logdir, preset)
     finally:

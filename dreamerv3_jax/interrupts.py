@@ -18,7 +18,8 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Collects the first signal, so that it does not come amid an update.
 
-    The second one does what it would have done without this.
+    The second one does what it would have done without this. Python notices neither while compiled
+    code runs in the main thread, such as an update.
 
     Example:
       >>> interrupts = Interrupts(lambda: print('stopping'))
@@ -41,7 +42,11 @@ class Interrupts:
     def collected(self) -> Iterator[None]:
         """Collects it in this context, if that is in the main thread: others get no signals."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            found = {number: signal.getsignal(number) for number in _SIGNALS}
+            # Jobs in the background ignore Ctrl-C, which is meant for another one.
+            self._before = {n: handler for n, handler in found.items() if handler != signal.SIG_IGN}
+            for number in tuple(self._before):
+                signal.signal(number, self._receive)
         try:
             yield
         finally:
@@ -54,10 +59,10 @@ class Interrupts:
         Raises:
           Interrupted: also at the start, if it came before.
         """
-        if self.received:
-            raise Interrupted
         self._raises = True
         try:
+            if self.received:
+                raise Interrupted
             yield
         finally:
             self._raises = False
@@ -73,7 +78,7 @@ class Interrupts:
 
     def exception(self) -> BaseException:
         """Returns what ends the program with the exit code for the signal."""
-        (number,) = self.received
+        number = self.received[0]
         return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
@@ -85,5 +90,5 @@ class Interrupts:
             raise Interrupted
 
     def _hand_back(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -188,7 +188,7 @@ class Trainer:
         self._progress.close()
         if self._interrupts.received:
             raise self._interrupts.exception()
-        print(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
+        self._progress.message(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
 
     def tick(self) -> None:
         """One observation and one action of every environment, and the updates that are due."""
@@ -274,7 +274,7 @@ class Trainer:
         losses = [name for name in metrics if name.startswith('loss/') and name != 'loss/total']
         names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
         what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
-        if self.counters['skipped_in_a_row'] == MOST_SKIPPED:
+        if self.counters['skipped_in_a_row'] >= MOST_SKIPPED:
             raise UserError(
                 f'{MOST_SKIPPED} updates in a row were skipped, as {what}; look for numbers of '
                 'extreme size in what the environment returns. The last checkpoint is kept.'

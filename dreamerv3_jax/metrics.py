@@ -57,7 +57,10 @@ class MetricWriter:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / 'metrics.jsonl'
         if path.exists():
-            os.truncate(path, _usable_bytes(path, resume_step))
+            size, damaged = _usable_part(path, resume_step)
+            os.truncate(path, size)
+            if damaged:
+                self.messages.append(f'{path} is damaged: {damaged} of its lines cannot be read.')
         self._file = path.open('ab', buffering=0)
         self._directory = directory
         self._full = False  # the last line did not fit on the disk
@@ -157,14 +160,22 @@ def format_record(step: int, seconds: float, values: Mapping[str, float]) -> str
     return json.dumps({'step': step, 'time': round(seconds, 3), **finite}, allow_nan=False)
 
 
-def _usable_bytes(path: Path, resume_step: int | None) -> int:
-    """Returns the size of the whole lines at the start of the file, up to the given step."""
-    size = 0
+def _usable_part(path: Path, resume_step: int | None) -> tuple[int, int]:
+    """Returns how far a run can go on with its file, and how many damaged lines that part holds.
+
+    It ends with the last whole line that is not after the given step.
+    """
+    usable, usable_damaged, size, damaged = 0, 0, 0, 0
     with path.open('rb') as file:
         for line in file:
             if not line.endswith(b'\n'):
                 break
-            if resume_step is not None and json.loads(line)['step'] > resume_step:
-                break
             size += len(line)
-    return size
+            try:
+                within = resume_step is None or json.loads(line)['step'] <= resume_step
+            except (KeyError, TypeError, ValueError):
+                damaged += 1
+                continue
+            if within:
+                usable, usable_damaged = size, damaged
+    return usable, usable_damaged

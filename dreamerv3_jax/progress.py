@@ -134,30 +134,33 @@ class ProgressLine:
     def message(self, text: str) -> None:
         """Prints a line above the progress line."""
         erase = '\r\x1b[K' if self._line else ''
-        self._stream.write(f'{erase}{text}\n{self._line}')
-        self._stream.flush()
+        self._write(f'{erase}{text}\n{self._line}')
 
     def close(self) -> None:
         """Draws the last state and ends the line."""
         if self._latest is not None:
             self._draw()
         if self._line:
-            self._stream.write('\n')
-            self._stream.flush()
+            self._write('\n')
             self._line = ''
         self._latest = None
+
+    def _write(self, text: str) -> None:
+        # A run goes on where nobody reads any more, or where the disk of a log is full.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
     def _draw(self) -> None:
         self._drawn = self._clock()
         status = self._status()
         if not self._terminal:
-            self._stream.write(format_plain(status) + '\n')
+            self._write(format_plain(status) + '\n')
         else:
             width = shutil.get_terminal_size().columns - 1  # a full last column would wrap
             line = format_bar_line(status, width, unicode=self._unicode)
             self._line = paint(line) if self._color else line
-            self._stream.write(f'\r{self._line}\x1b[K')
-        self._stream.flush()
+            self._write(f'\r{self._line}\x1b[K')
 
     def _status(self) -> Status:
         assert self._latest is not None and self._drawn is not None

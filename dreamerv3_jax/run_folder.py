@@ -75,14 +75,14 @@ def create(
       config: for `config.json`.
       observation_specs: for `spaces.json`, and so are
       action_specs: these.
-      lock: where it was taken before.
+      lock: where it was taken before; else the folder was not there.
 
     Returns:
       The lock.
 
     Raises:
       UserError: the folder cannot be written to or holds links, a setting cannot be written down,
-        or another process holds the lock.
+        another process holds the lock, or has used the folder since it was looked for.
     """
     try:
         settings = config.to_dict()
@@ -93,7 +93,14 @@ def create(
             f'config.env.kwargs takes numbers, text, lists and dictionaries only: {error}.'
         ) from error
     texts['spaces.json'] = json.dumps(_spaces(observation_specs, action_specs), indent=2)
-    lock = lock or Lock(logdir)
+    if lock is None:
+        lock = Lock(logdir)
+        if (logdir / 'config.json').exists():
+            lock.close()
+            raise UserError(
+                f'Another process has begun a run in {logdir} meanwhile; give the same command '
+                'again to go on from there.'
+            )
     with _writing(logdir):
         _refuse_links(logdir)
         for name, text in texts.items():
@@ -131,8 +138,7 @@ def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: with every difference.
     """
-    if (logdir / 'config.json').exists():
-        _compare(logdir, 'settings', read_config(logdir).to_dict(), config.to_dict())
+    _compare(logdir, 'settings', read_config(logdir).to_dict(), config.to_dict())
 
 
 def check_spaces(logdir: Path, observation_specs: Specs, action_specs: Specs) -> None:

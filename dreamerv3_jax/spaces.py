@@ -112,8 +112,9 @@ class ObservationAdapter:
             for key in path:
                 value = value[key]
             shape = (*batch_shape, *(leaf.shape or ()))
-            _check(name, np.asarray(value), shape, np.dtype(leaf.dtype))
-            result[name] = convert(value, batch_shape)
+            array = np.asarray(value)
+            _check(name, array, shape, np.dtype(leaf.dtype))
+            result[name] = convert(array.reshape(shape), batch_shape)
         return result
 
 

@@ -12,6 +12,7 @@ import types  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import tiny_runs  # noqa: E402
 
 import dreamerv3_jax  # noqa: E402
 
@@ -33,6 +34,20 @@ def cache_folder(tmp_path_factory):
         patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
         patch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
         yield
+
+
+@pytest.fixture(scope='module')
+def quick_compilation(tmp_path_factory):
+    """Compiles with less optimisation, and every program only once; returns the folder of them."""
+    folder = tmp_path_factory.getbasetemp() / 'compiled'
+    with tiny_runs.quick_compilation(folder):
+        yield folder
+
+
+@pytest.fixture
+def shared_agents(monkeypatch):
+    """Runs of the same kind take the same agent."""
+    tiny_runs.share_agents(monkeypatch)
 
 
 class SmallDisk:

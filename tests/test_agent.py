@@ -46,10 +46,7 @@ REAL = ('vector to choice', 'images')  # these are really trained; the others ar
 COUNT = 3
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache

@@ -155,6 +155,39 @@ def test_a_damaged_checkpoint_is_passed_over(part, folder, caplog, capfd):
     assert read(folder).counters['ticks'] == 20
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_damaged_twice_at_the_same_step(folder):
+    for _ in range(2):
+        truncate(folder / '20' / 'counters')
+        assert read(folder).counters['ticks'] == 10
+        write(folder, 20)
+    assert read(folder).counters['ticks'] == 20
+
+
+@pytest.mark.parametrize(
+    'error', [MemoryError(), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no memory')]
+)
+def test_too_little_memory_is_no_damage(error, folder, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, 'restore', fail)
+    with pytest.raises(type(error)):
+        read(folder)
+    assert latest_step(folder) == 20
+
+
+def test_a_checkpoint_without_checksums_is_taken(folder, caplog):
+    """As a process leaves it that is killed just before it writes them."""
+    (folder / '20' / 'checksums.json').unlink()
+    assert read(folder).counters['ticks'] == 20 and not caplog.records
+
+
+def test_a_step_before_the_newest_is_refused(folder):
+    with pytest.raises(UserError, match='there is a later one already'):
+        write(folder, 15)
+
+
 def test_reading_alone_renames_nothing(folder, caplog):
     truncate(folder / '20' / 'counters')
     assert_equal(read_state(folder), make_state(10))

@@ -1,5 +1,6 @@
 """The command line: what it accepts, and one helpful sentence for what it does not."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -390,3 +391,13 @@ def test_process():
     assert result.stderr.splitlines() == [
         "dreamerv3-jax: There is no preset 'quickstrat'; did you mean 'quickstart'?"
     ]
+
+
+def test_nobody_reads():
+    """As in `dreamerv3-jax presets | head -1`, but surely."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, '-m', 'dreamerv3_jax', 'presets']
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, '')

@@ -8,7 +8,6 @@ import corridor
 import jax
 import numpy as np
 import pytest
-import tiny_runs
 
 from dreamerv3_jax import evaluation, loop
 from dreamerv3_jax.agent import Agent
@@ -17,10 +16,7 @@ from dreamerv3_jax.replay import Replay
 ENVS, LENGTH = 4, corridor.LENGTH
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 class Call(NamedTuple):

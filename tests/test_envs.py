@@ -492,14 +492,36 @@ def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])
-def test_an_environment_that_cannot_begin_is_built_again(vectorization, tmp_path):
-    kwargs = {'length': 6, 'fail_at': 0, 'once': str(tmp_path / 'failed')}
+@pytest.mark.parametrize(
+    ('what', 'words'), [('raise', 'the robot does not get up'), ('quit', FAILURES['quit'])]
+)
+def test_an_environment_that_cannot_begin_is_built_again(vectorization, what, words, tmp_path):
+    kwargs = {'length': 6, 'fail_at': 0, 'failure': what, 'once': str(tmp_path / 'failed')}
     with make(vectorization=vectorization, kwargs=kwargs) as env:
         records = env.reset()
         assert records.is_first.all() and env.pop_restarts() == 1
-        assert 'the robot does not get up' in env.messages[0]
+        assert re.search(words, env.messages[0])
         records, finals = env.step(ZEROS)
         assert finals is None and (records.observation['count'] == [1, 1]).all()
+
+
+def test_exit_while_it_is_built_again_is_a_failure_too(monkeypatch):
+    with make(kwargs={'length': 6, 'fail_at': 1}) as env:
+        env.reset()
+        monkeypatch.setattr(vector, 'open_stream', lambda *_: sys.exit(0))
+        with pytest.raises(UserError, match='SystemExit: 0 .* started again 3 times before'):
+            env.step(ZEROS)
+
+
+def test_exit_at_reset_does_not_cost_the_last_record():
+    with make(kwargs={'length': 2}, autoreset='same_step', num_envs=1) as env:
+        env.reset()
+        env.step(ZEROS)
+        inner = env._streams[0]._env.unwrapped
+        inner._failure, inner._fail_at = 'quit', 0
+        records, _ = env.step(ZEROS)
+        assert records.is_last.all() and records.is_terminal.all()
+        assert records.observation['count'].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])

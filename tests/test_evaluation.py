@@ -28,15 +28,7 @@ class Blind(toy_envs.Counter):
         super().__init__(length=2)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def shared_agents(monkeypatch):
-    tiny_runs.share_agents(monkeypatch)
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'shared_agents')
 
 
 def make_run(folder, **changes):

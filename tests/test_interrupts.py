@@ -34,13 +34,13 @@ sys.exit(cli.main(['train']))
 
 
 @pytest.fixture
-def start(tmp_path, tmp_path_factory):
+def start(tmp_path, quick_compilation):
     """Starts a run with these changes of its settings; returns the process."""
     processes = []
 
     def start(**changes):
         here = Path(__file__).parent
-        variables = tiny_runs.quick_variables(tmp_path_factory.getbasetemp() / 'compiled')
+        variables = tiny_runs.quick_variables(quick_compilation)
         variables |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{here.parent}{os.pathsep}{here}'}
         process = subprocess.Popen(
             [sys.executable, '-c', SCRIPT, str(tmp_path), json.dumps(changes)],
@@ -102,6 +102,32 @@ def test_the_second_signal_ends_even_saving(number, code, start, tmp_path):
     process.send_signal(number)
     assert ends_within(10, process) in (code, -number)  # both are `code` to a shell
     assert checkpoint.latest_step(tmp_path / 'run' / 'checkpoints') is None
+
+
+def test_a_signal_just_before_something_that_hangs_is_raised():
+    interrupts_ = interrupts.Interrupts(lambda: None)
+    with interrupts_.collected():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(interrupts.Interrupted), interrupts_.raised():
+            raise AssertionError('it may hang here')
+
+
+def test_two_signals_at_once_exit_with_the_code_of_the_first():
+    interrupts_ = interrupts.Interrupts(lambda: None)
+    interrupts_._receive(signal.SIGTERM, None)
+    interrupts_._receive(signal.SIGINT, None)
+    assert interrupts_.exception().code == 143
+
+
+def test_jobs_in_the_background_go_on_ignoring_interrupts():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.Interrupts(lambda: None).collected():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_example():

@@ -11,15 +11,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.medium
 @pytest.mark.parametrize('on_disk', [False, True])
-def test_kills(on_disk, tmp_path, tmp_path_factory, monkeypatch):
+def test_kills(on_disk, tmp_path, quick_compilation, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from experiments import kill_run
 
-    compiled = tmp_path_factory.getbasetemp() / 'compiled'
-    for name, value in tiny_runs.quick_variables(compiled).items():
+    for name, value in tiny_runs.quick_variables(quick_compilation).items():
         monkeypatch.setenv(name, value)
-    with tiny_runs.quick_compilation(compiled):
-        kill_run.survive(tmp_path / 'run', kills=3, seed=0, on_disk=on_disk)
+    kill_run.survive(tmp_path / 'run', kills=3, seed=0, on_disk=on_disk)
 
 
 def test_a_torn_record_would_be_seen(monkeypatch):

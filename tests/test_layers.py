@@ -4,16 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_runs
 
 from dreamerv3_jax.nets import layers
 from dreamerv3_jax.nets.layers import MLP, BlockLinear, Conv, Hidden, Linear, RMSNorm
 
-
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def random(*shape, seed=0):

@@ -28,11 +28,7 @@ COUNTER = 'toy_envs:Counter'
 BATCH_STEPS = SEQUENCES * STEPS
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / 'compiled'
-    with tiny_runs.quick_compilation(folder):
-        yield folder
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture
@@ -422,6 +418,30 @@ def test_who_waited_while_another_process_trained_sees_its_run(tmp_path, monkeyp
         pass
 
 
+def test_who_found_no_folder_does_not_begin_over_another_run(tmp_path, monkeypatch):
+    make = envs.make
+
+    def train_elsewhere(config, seed):
+        monkeypatch.setattr(envs, 'make', make)
+        with tiny_runs.ticked(counter_config(), tmp_path / 'run', 3) as trainer:
+            trainer.save()
+        return make(config, seed)
+
+    monkeypatch.setattr(envs, 'make', train_elsewhere)
+    with pytest.raises(UserError, match='Another process has begun a run in .* meanwhile'):
+        Trainer(counter_config(), tmp_path / 'run', 'tiny')
+    with Trainer(counter_config(), tmp_path / 'run', 'tiny') as trainer:
+        assert trainer.counters['ticks'] == 3
+
+
+def test_checkpoints_without_their_settings_are_refused(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.save()
+    (tmp_path / 'config.json').unlink()
+    with pytest.raises(UserError, match='config.json cannot be read'):
+        Trainer(counter_config(seed=1), tmp_path, 'tiny')
+
+
 def test_what_fails_to_start_leaves_nothing_open(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(envs.vector.InProcess, 'close', lambda self: closed.append(self))
@@ -696,14 +716,14 @@ def flags(config, prefix='config'):
     ('number', 'code', 'vectorization'),
     [(signal.SIGINT, 130, 'sync'), (signal.SIGTERM, 143, 'async')],
 )
-def test_interruption(number, code, vectorization, tmp_path, compiled):
+def test_interruption(number, code, vectorization, tmp_path, quick_compilation):
     """A real process, a real signal: it stops at once, and the same command goes on from there."""
     folder = tmp_path / 'run'
     config = counter_config(
         size='cpu', run__steps=1_000_000, logdir=str(folder), env__vectorization=vectorization
     )
     command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstart']
-    variables = tiny_runs.quick_variables(compiled) | {
+    variables = tiny_runs.quick_variables(quick_compilation) | {
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': '4',
         'PYTHONPATH': os.path.dirname(__file__),

@@ -15,13 +15,10 @@ from dreamerv3_jax.evaluation import evaluate
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs Linux')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = [
+    pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs Linux'),
+    pytest.mark.usefixtures('quick_compilation'),
+]
 
 
 @pytest.mark.medium

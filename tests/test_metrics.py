@@ -107,6 +107,16 @@ def test_torn_last_line_is_dropped(tmp_path):
     assert [line['step'] for line in read_lines(tmp_path)] == [1, 2, 4]
 
 
+def test_a_damaged_line_is_told_and_costs_no_other(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    lines = ['{"step": 1}', '{"step" 2}', '{"step": 900}', '{"step": 3}', '{"step": 4}', '{"st']
+    path.write_text('\n'.join(lines))
+    writer = MetricWriter(tmp_path, resume_step=3, tensorboard=False)
+    writer.close()
+    assert path.read_text().splitlines() == lines[:4]
+    assert writer.messages == [f'{path} is damaged: 1 of its lines cannot be read.']
+
+
 def test_lines_after_the_resumed_step_are_dropped(tmp_path):
     write_lines(tmp_path, [10, 20, 30, 40])
     with (tmp_path / 'metrics.jsonl').open('a') as file:

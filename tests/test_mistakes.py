@@ -43,7 +43,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_agent as tiny
-import tiny_runs
 
 MODEL = {'dynamics', 'encoder'}
 TRAINED = {
@@ -60,10 +59,7 @@ TRAINED = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def nonzero(tree):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_runs
 from tiny_agent import ACTION_SPECS, CONFIG, OBSERVATION_SPECS
 
 from dreamerv3_jax.config import AgentConfig
@@ -22,10 +21,7 @@ FLOAT32 = jnp.dtype('float32')
 SIDES = [(48, 48), (64, 64), (80, 80), (96, 96), (256, 256), (48, 256), (96, 64), (160, 224)]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def image(height, width, channels=3):

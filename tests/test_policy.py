@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_agent as tiny
-import tiny_runs
 
 from dreamerv3_jax import actions, policy, rssm
 from dreamerv3_jax.types import Latent, PolicyState
@@ -17,10 +16,7 @@ COUNT = 4  # environments
 DISCRETE, CONTINUOUS = 'button', 'move'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache

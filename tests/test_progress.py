@@ -376,3 +376,18 @@ def test_rates_are_those_of_the_last_half_minute():
         clock.now += 1
         progress.update(steps, 0, {})
     assert '20 steps/s' in stream.getvalue().splitlines()[-1]
+
+
+class Closed(io.StringIO):
+    """What `tee` leaves when it has ended, or a log on a full disk."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_nobody_reads(terminal_environment):
+    for stream in (Closed(), type('ClosedTerminal', (Closed, Terminal), {})()):
+        progress = ProgressLine(1000, stream=stream)
+        progress.update(0, 0, {})
+        progress.message('saved')
+        progress.close()

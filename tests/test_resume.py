@@ -14,21 +14,14 @@ import numpy as np
 import pytest
 import tiny_runs
 
+from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.interrupts import Interrupted
-from dreamerv3_jax.loop import Trainer
+from dreamerv3_jax.loop import MOST_SKIPPED, Trainer
 
 TICKS, LENGTH = 72, 3
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def shared_agents(monkeypatch):
-    tiny_runs.share_agents(monkeypatch)
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'shared_agents')
 
 
 def clockwork_config(**changes):
@@ -153,3 +146,11 @@ def test_skipped_updates_in_a_row_are_counted_across_stops(tmp_path):
         trainer.save()
     with Trainer(config, tmp_path, 'tiny') as trainer:
         assert trainer.counters['skipped_in_a_row'] == trainer.counters['skipped'] == 1
+        trainer.counters['skipped_in_a_row'] = MOST_SKIPPED  # a signal came with the last of them
+        trainer.save()
+        trainer.counters['ticks'] += 1
+        trainer.save()
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        trainer._pending = (None, None, skipped)
+        with pytest.raises(UserError, match='in a row were skipped'):
+            trainer._finish_update()

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_runs
 from tiny_agent import ACTION_SPECS, CONFIG, OBSERVATION_SPECS, config, networks, parameters
 
 from dreamerv3_jax import rssm
@@ -18,10 +17,7 @@ A, TOKENS, STEPS = 7, 8, 5
 UNIMIX = dict(unimix=CONFIG.unimix)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def random(*shape, seed=0):

@@ -25,15 +25,7 @@ ALLOWED = {('presets.py', 'exec'), ('presets.py', 'compile')}
 SERVERS = {'socketserver', 'http', 'xmlrpc', 'aiohttp', 'flask', 'grpc', 'asyncio', 'socket'}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def shared_agents(monkeypatch):
-    tiny_runs.share_agents(monkeypatch)
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'shared_agents')
 
 
 def sources():

@@ -19,10 +19,7 @@ UPDATES = 5
 MESHES = {'data': (4, 1), 'fsdp': (1, 4), 'both': (2, 2)}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture(scope='module')

@@ -352,6 +352,14 @@ def test_sides_of_one_and_whole_floats_do_no_harm(space, value):
     np.testing.assert_array_equal(found.ravel(), np.ravel(value))
 
 
+@pytest.mark.parametrize('shape', [(64, 48, 1), (64, 48), (1, 64, 48)])
+def test_a_side_of_one_may_stand_anywhere(shape):
+    image = np.random.default_rng(0).integers(0, 256, (64, 48), np.uint8)
+    adapter = ObservationAdapter(spaces.Box(0, 255, (1, 64, 48), np.uint8))
+    (found,) = adapter.convert(image.reshape(shape)).values()
+    np.testing.assert_array_equal(found, image[..., None])
+
+
 def test_classes_that_do_not_fit_stay_outside():
     adapter = ObservationAdapter(spaces.MultiDiscrete([2, 3]))
     (found,) = adapter.convert(np.array([2**32, -(2**40)])).values()

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_agent as tiny
-import tiny_runs
 from tiny_agent import OBSERVATION_SPECS
 
 from dreamerv3_jax.config import AgentConfig
@@ -20,10 +19,7 @@ B, T, H = tiny.SEQUENCES, tiny.STEPS, tiny.CONFIG.imagination_length
 EQUAL_SCALES = dict.fromkeys(tiny.LOSSES, 1.0)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def run(batch=None, percentiles=None, **params):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_agent as tiny
-import tiny_runs
 from tiny_agent import ACTION_SPECS, OBSERVATION_SPECS
 
 from dreamerv3_jax import losses as losses_lib
@@ -21,11 +20,7 @@ from dreamerv3_jax.train_state import init_train_state
 from dreamerv3_jax.types import Batch
 from dreamerv3_jax.update import loss_scales, update
 
-
-@pytest.fixture(scope='module', autouse=True)
-def quick(tmp_path_factory):
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        yield
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def corridor_batch():

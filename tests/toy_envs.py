@@ -47,6 +47,8 @@ class Counter(gymnasium.Env):
         self._episode += 1
         self._step = 0
         if self._fail_at == 0 and self._may_fail():
+            if self._failure == 'quit':
+                sys.exit(3)
             raise ValueError('the robot does not get up')
         self._limit = self._length or int(self.np_random.integers(1, 5))
         return self._observation(3), {}

@@ -130,7 +130,8 @@ class Stream:
             return None
         logs = episode_logs(info)
         if self._same_step:
-            with contextlib.suppress(Exception):  # or it would take the terminal record with it
+            # Or it would take the terminal record with it.
+            with contextlib.suppress(Exception, SystemExit):
                 self.reset(records, row)
                 return Ending(logs, (flat, float(reward), bool(terminated)))
         self._ended = True  # the next step resets

@@ -190,9 +190,9 @@ class Restartable(VectorEnvironment):
             try:
                 self._rebuild(row, self._reseeded(row))
                 answer = self._run('reset', [row])[row]
-            except Terminated:
+            except (KeyboardInterrupt, Terminated):
                 raise
-            except Exception as again:
+            except BaseException as again:  # as in `InProcess._run`
                 answer = failure(self._id, row, again)
 
     def _count_failure(self, row: int, error: UserError) -> None:
@@ -314,5 +314,5 @@ def failure(env_id: str, index: int | None, error: BaseException) -> UserError:
 
 
 def _close(stream: Stream) -> None:
-    with contextlib.suppress(Exception):  # a broken environment need not be able to
+    with contextlib.suppress(Exception, SystemExit):  # a broken environment need not be able to
         stream.close()
