@@ -32,7 +32,7 @@ class Interrupts:
     """
 
     def __init__(self, notify: Callable[[], None]) -> None:
-        """`notify` is called when it comes."""
+        """Prepares; `notify` is called when the first signal comes."""
         self.received: list[int] = []  # signal numbers
         self._notify = notify
         self._raises = False

@@ -25,6 +25,8 @@ NO_BOUND = 1e18  # bounds of actions beyond this are taken for none
 _Convert = Callable[[Any, tuple[int, ...]], np.ndarray]
 _Path = tuple[Any, ...]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class BadRecord(ValueError):
     """What an environment returned cannot be learned from; the text goes on after 'returned'."""
@@ -104,7 +106,8 @@ class ObservationAdapter:
           batch_shape: leading dimensions that every array of the observation has.
 
         Raises:
-          BadRecord: a part has another shape or other kinds of numbers than its space.
+          BadRecord: a part has another shape or other kinds of numbers than its space, a number is
+            not finite in float32, or a class does not exist.
         """
         result = {}
         for name, path, leaf, convert in self._leaves:
@@ -241,10 +244,14 @@ def _convert_image(
         image = np.moveaxis(image, -3, -1)
     if image.dtype != np.uint8 or layout.scale != 1:
         image = np.rint(np.clip(image * layout.scale, 0, 255)).astype(np.uint8)
-    image = image.reshape(*batch_shape, layout.height, layout.width, layout.channels)
     if (layout.height, layout.width) != size:
         image = resize(image, *size)
     return np.ascontiguousarray(image)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all of an array, or a number, stays finite in float32."""
+    return bool((np.abs(value) <= _LARGEST).all())  # false for what is no number
 
 
 def _check(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -257,7 +264,7 @@ def _check(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
         )
     if value.dtype.kind not in 'biuf':
         raise BadRecord(f'an observation {name!r} of {value.dtype}, which are no numbers.')
-    if value.dtype.kind == 'f' and not np.isfinite(value).all():
+    if value.dtype.kind == 'f' and not is_finite(value):
         raise BadRecord(f'an observation {name!r} that is not finite; repair or clip it.')
     if value.dtype.kind == 'f' != dtype.kind and (value % 1).any():
         raise BadRecord(
@@ -278,7 +285,9 @@ def _vector_observation(name: str, space: spaces.Space) -> tuple[ArraySpec, _Con
 
     def convert_discrete(value: Any, batch_shape: tuple[int, ...]) -> np.ndarray:
         indices = np.array(value).reshape(*batch_shape, len(classes)) - start
-        return indices.clip(-1, max(classes)).astype(np.int32)  # none comes into range by its cast
+        if ((indices < 0) | (indices >= classes)).any():
+            raise BadRecord(f'an observation {name!r} outside of its space; correct the space.')
+        return indices.astype(np.int32)
 
     return ArraySpec('discrete', (len(classes),), classes), convert_discrete
 

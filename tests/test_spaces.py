@@ -360,7 +360,12 @@ def test_a_side_of_one_may_stand_anywhere(shape):
     np.testing.assert_array_equal(found, image[..., None])
 
 
-def test_classes_that_do_not_fit_stay_outside():
-    adapter = ObservationAdapter(spaces.MultiDiscrete([2, 3]))
-    (found,) = adapter.convert(np.array([2**32, -(2**40)])).values()
-    assert found.tolist() == [3, -1] and found.dtype == np.int32
+@pytest.mark.parametrize('value', [[2**32, 0], [0, 3], [0, -(2**40)], [-1, 0]])
+def test_classes_that_do_not_exist_are_refused(value):
+    with pytest.raises(BadRecord, match='outside of its space'):
+        ObservationAdapter(spaces.MultiDiscrete([2, 3])).convert(np.array(value))
+
+
+def test_what_is_too_large_for_float32_is_refused():
+    with pytest.raises(BadRecord, match='not finite'):
+        ObservationAdapter(spaces.Box(-np.inf, np.inf, (2,), np.float64)).convert([1e300, 0])

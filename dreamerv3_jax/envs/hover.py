@@ -16,7 +16,10 @@ PIXELS, ZOOM = 48, 8
 
 
 class Hover(gymnasium.Env):
-    """Registered as `Hover-v0`, with a time limit. Actions are 0 for down and 1 for up."""
+    """Registered as `Hover-v0`, with a time limit.
+
+    Observations are uint8 [48, 48, 1]; actions are 0 for down and 1 for up.
+    """
 
     metadata = {'render_modes': ['rgb_array'], 'render_fps': 20}
 

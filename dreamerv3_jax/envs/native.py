@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from dreamerv3_jax.envs.registry import Settings, is_suite, readable_errors
-from dreamerv3_jax.envs.stream import FinalRecords, Records, check_record, frame_rate
+from dreamerv3_jax.envs.stream import FinalRecords, Records, check_reward, frame_rate
 from dreamerv3_jax.envs.vector import VectorEnvironment, failure
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
@@ -90,12 +90,13 @@ class Native(VectorEnvironment):
         streams = np.flatnonzero(ended)
         if not streams.size:
             return None
-        flat = [
-            self._observations.convert(_row(info['final_obs'], index)) for index in streams.tolist()
-        ]
-        observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
         with self._readable_failures():
-            check_record(self.observation_specs, observation, reward[streams])
+            flat = [
+                self._observations.convert(_row(info['final_obs'], index))
+                for index in streams.tolist()
+            ]
+            check_reward(reward[streams])
+        observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
         last = np.ones(len(streams), bool)
         records = Records(observation, reward[streams], ~last, last, terminated[streams])
         return FinalRecords(streams, records)
@@ -114,7 +115,7 @@ class Native(VectorEnvironment):
             reward = none.astype(np.float32)
         with self._readable_failures():
             flat = self._observations.convert(observation, (self.num_envs,))
-            check_record(self.observation_specs, flat, reward)
+            check_reward(reward)
         return Records(
             flat,
             reward.astype(np.float32),
