@@ -5,6 +5,7 @@ from dreamerv3_jax import startup
 startup.tune_cpu()
 
 import contextlib  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import types  # noqa: E402
@@ -15,6 +16,9 @@ import pytest  # noqa: E402
 import tiny_runs  # noqa: E402
 
 import dreamerv3_jax  # noqa: E402
+
+# Where the tests run in the background it is ignored, also by the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)  # for the tests of sharding; others use the first
