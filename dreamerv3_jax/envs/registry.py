@@ -25,19 +25,31 @@ from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
 
 
+def _pip(extra: str) -> str:
+    return f'pip install "dreamerv3-jax[{extra}]"'
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """Where a suite lives, and what must be installed for it."""
 
-    module: str
-    package: str  # a package whose absence means that the extra is not installed
-    extra: str
+    title: str
+    module: str  # in this package
+    package: str  # whose absence means that the suite is not installed
+    install: str  # what to do then
+    examples: tuple[str, ...]  # names, without the prefix; the first stands for the suite in tests
 
 
 SUITES = {
-    'atari': Suite('dreamerv3_jax.envs.atari', 'ale_py', 'atari'),
-    'crafter': Suite('dreamerv3_jax.envs.crafter', 'crafter', 'crafter'),
-    'dmc': Suite('dreamerv3_jax.envs.dmc', 'dm_control', 'dmc'),
+    'atari': Suite('Atari 57', 'atari', 'ale_py', _pip('atari'), ('pong', 'breakout')),
+    'crafter': Suite('Crafter', 'crafter', 'crafter', _pip('crafter'), ('reward', 'noreward')),
+    'dmc': Suite(
+        'DeepMind Control Suite',
+        'dmc',
+        'dm_control',
+        _pip('dmc'),
+        ('walker_walk', 'cartpole_balance'),
+    ),
 }
 
 
@@ -114,11 +126,8 @@ def _make_from_suite(settings: Settings) -> gymnasium.Env:
     prefix, _, name = settings.id.partition('/')
     suite = SUITES[prefix]
     if importlib.util.find_spec(suite.package) is None:
-        raise UserError(
-            f'{settings.id} needs a package that is not installed: '
-            f'pip install "dreamerv3-jax[{suite.extra}]"'
-        )
-    make = importlib.import_module(suite.module).make
+        raise UserError(f'{settings.id} needs a package that is not installed: {suite.install}')
+    make = importlib.import_module(f'dreamerv3_jax.envs.{suite.module}').make
     own = {
         'repeat': settings.repeat,
         'image_size': settings.image_size,
@@ -177,20 +186,13 @@ def _call(settings: Settings, creator: Callable[..., Any]) -> Any:
 
 def _suggestions(env_id: str) -> str:
     known = list(gymnasium.registry)
-    known += [f'{prefix}/{name}' for prefix in SUITES for name in _suite_examples[prefix]]
+    known += [f'{prefix}/{name}' for prefix in SUITES for name in SUITES[prefix].examples]
     near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.5)
     hint = f' Did you mean {" or ".join(near)}?' if near else ''
     forms = 'a registered gymnasium id, module:function, or a name after ' + ', '.join(
         f'{prefix}/' for prefix in SUITES
     )
     return f'{hint} An id is {forms}.'
-
-
-_suite_examples = {
-    'atari': ('pong', 'breakout'),
-    'crafter': ('reward', 'noreward'),
-    'dmc': ('walker_walk', 'cartpole_balance'),
-}
 
 
 def _one_line(error: BaseException) -> str:
