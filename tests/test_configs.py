@@ -24,6 +24,11 @@ TABLE = {
         *(64, 4, 1, 256.0, 400_000, 'size200m'),
     ),
     'crafter': ('crafter/reward', {}, 64, 1, 1, 512.0, 1_000_000, 'size200m'),
+    'craftax': (
+        'craftax/classic',
+        {'pixels': True},
+        *(64, 1, 16, 512.0, 1_000_000, 'size200m'),
+    ),
     'dmc_proprio': ('dmc/walker_walk', {}, 0, 1, 16, 1024.0, 1_000_000, 'size1m'),
     'dmc_vision': (
         'dmc/walker_walk',
@@ -31,6 +36,11 @@ TABLE = {
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
     'gymnasium': ('', {}, 0, 1, 4, 256.0, 1_000_000, 'size1m'),
+    'procgen': (
+        'procgen/coinrun',
+        {'distribution': 'hard'},
+        *(64, 1, 16, 64.0, 50_000_000, 'size200m'),
+    ),
     'quickstart': ('Hover-v0', {}, 0, 1, 4, 64.0, 11_200, 'cpu'),
 }
 

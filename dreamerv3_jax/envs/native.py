@@ -6,20 +6,32 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 
-from dreamerv3_jax.envs.registry import Settings, is_suite, readable_errors
-from dreamerv3_jax.envs.stream import FinalRecords, Records, check_reward, frame_rate
+from dreamerv3_jax.envs.registry import (
+    Settings,
+    is_suite,
+    is_vector_suite,
+    make_vector,
+    readable_errors,
+)
+from dreamerv3_jax.envs.stream import (
+    FinalRecords,
+    Records,
+    check_reward,
+    episode_logs,
+    frame_rate,
+)
 from dreamerv3_jax.envs.vector import VectorEnvironment, failure
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
 
 
 class Native(VectorEnvironment):
-    """An environment's own vectorisation, registered as gymnasium's `vector_entry_point`.
+    """The vectorisation of a suite, or an environment's own, gymnasium's `vector_entry_point`.
 
-    When it resets is its own choice, which it declares in `metadata['autoreset_mode']`. It seeds
-    its streams from one seed.
+    When it resets is its own choice, which it declares in `metadata['autoreset_mode']`. Suites give
+    every stream its seed; others seed all of them from one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -29,19 +41,14 @@ class Native(VectorEnvironment):
           UserError: there is none, or it does not reset its streams.
         """
         super().__init__(settings.id)
-        if is_suite(settings.id) or settings.repeat != 1:
+        of_suite = is_vector_suite(settings.id)
+        if not of_suite and (is_suite(settings.id) or settings.repeat != 1):
             raise UserError(
                 "env.vectorization='native' takes gymnasium ids and env.repeat=1 (frame skips go "
                 "into env.kwargs); use 'sync' or 'async' otherwise."
             )
         self.num_envs = len(settings.seeds)
-        kwargs = dict(settings.kwargs)
-        if settings.render:
-            kwargs.setdefault('render_mode', 'rgb_array')
-        with readable_errors(settings.id):
-            self._env = gymnasium.make_vec(
-                settings.id, self.num_envs, vectorization_mode='vector_entry_point', **kwargs
-            )
+        self._env = make_vector(settings) if of_suite else _make_registered(settings)
         mode = self._env.metadata.get('autoreset_mode')
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise UserError(f"{settings.id} does not reset itself; use env.vectorization='async'.")
@@ -50,7 +57,7 @@ class Native(VectorEnvironment):
         size = (side, side) if side else None
         self._observations = ObservationAdapter(self._env.single_observation_space, size)
         self._actions = ActionAdapter(self._env.single_action_space)
-        self._seed: int | None = settings.seeds[0]
+        self._seed = None if of_suite else settings.seeds[0]  # of the next reset
         self._ended = np.zeros(self.num_envs, bool)
         self.observation_specs = self._observations.specs
         self.action_specs = self._actions.specs
@@ -76,7 +83,9 @@ class Native(VectorEnvironment):
             return records, self._finals(info, reward, terminated, ended)
         first = self._ended  # the action of this tick was ignored, and so are the flags
         self._ended = ended & ~first
-        reward = np.where(first, 0.0, reward)
+        reward = np.where(first, 0.0, reward)  # some repeat the last one there
+        for row in np.flatnonzero(self._ended).tolist():
+            self._add_logs(episode_logs(_row_of_info(info, row)))
         return (
             self._records(
                 observation, reward, first=first, last=self._ended, terminal=terminated & ~first
@@ -142,6 +151,28 @@ class Native(VectorEnvironment):
     def close(self) -> None:
         """Releases the environments."""
         self._env.close()
+
+
+def _make_registered(settings: Settings) -> VectorEnv:
+    kwargs = dict(settings.kwargs)
+    if settings.render:
+        kwargs.setdefault('render_mode', 'rgb_array')
+    with readable_errors(settings.id):
+        return gymnasium.make_vec(
+            settings.id,
+            len(settings.seeds),
+            vectorization_mode='vector_entry_point',
+            **kwargs,
+        )
+
+
+def _row_of_info(info: dict[str, Any], row: int) -> dict[str, Any]:
+    """Returns what one environment logs: gymnasium marks under '_<key>' which ones have the key."""
+    return {
+        key: values[row]
+        for key, values in info.items()
+        if key.startswith('log/') and (f'_{key}' not in info or info[f'_{key}'][row])
+    }
 
 
 def _row(batch: Any, index: int) -> Any:

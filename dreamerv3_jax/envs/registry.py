@@ -2,7 +2,9 @@
 
 Suites are modules with a function `make(name, *, repeat, image_size, render_mode, ...)`. They are
 imported when first asked for, and take the action repeat themselves because some can skip frames
-without drawing them. `SUITES` is the place to add one.
+without drawing them. Those whose package steps many environments at once have instead a function
+`make_vector(name, *, seeds, repeat, image_size, render_mode, ...)`, which returns a
+`gymnasium.vector.VectorEnv` with one environment per seed. `SUITES` is the place to add one.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ from typing import Any
 import gymnasium
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import DependencyNotInstalled, Error, UnregisteredEnv
+from gymnasium.vector import VectorEnv
 
 from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
@@ -38,6 +41,7 @@ class Suite:
     package: str  # whose absence means that the suite is not installed
     install: str  # what to do then
     examples: tuple[str, ...]  # names, without the prefix; the first stands for the suite in tests
+    vector: bool = False  # its module has `make_vector`
 
 
 SUITES = {
@@ -49,6 +53,20 @@ SUITES = {
         'dm_control',
         _pip('dmc'),
         ('walker_walk', 'cartpole_balance'),
+    ),
+    'craftax': Suite(
+        'Craftax', 'craftax', 'craftax', _pip('craftax'), ('classic', 'full'), vector=True
+    ),
+    'envpool': Suite(
+        'EnvPool',
+        'envpool',
+        'envpool',
+        _pip('envpool'),
+        ('CartPole-v1', 'Pong-v5', 'CheetahRun-v1'),
+        vector=True,
+    ),
+    'procgen': Suite(
+        'ProcGen', 'procgen', 'envpool', _pip('procgen'), ('coinrun', 'starpilot'), vector=True
     ),
 }
 
@@ -80,6 +98,11 @@ def is_suite(env_id: str) -> bool:
     """Returns whether the id belongs to one of the suites of this package."""
     prefix, slash, _ = env_id.partition('/')
     return bool(slash) and prefix in SUITES
+
+
+def is_vector_suite(env_id: str) -> bool:
+    """Returns whether the id belongs to a suite that steps its environments together."""
+    return is_suite(env_id) and SUITES[env_id.partition('/')[0]].vector
 
 
 def make_env(settings: Settings) -> gymnasium.Env:
@@ -122,23 +145,46 @@ def readable_errors(env_id: str) -> Iterator[None]:
         ) from error
 
 
-def _make_from_suite(settings: Settings) -> gymnasium.Env:
+def make_vector(settings: Settings) -> VectorEnv:
+    """Builds the environments of a suite that steps them together.
+
+    Raises:
+      UserError: the name is unknown, or the package is missing or failed.
+    """
+    with readable_errors(settings.id):
+        return _make_from_suite(settings, seeds=settings.seeds)
+
+
+def no_repeat(env_id: str) -> UserError:
+    """Returns the error for an action repeat where environments are stepped by their package."""
+    return UserError(
+        f'{env_id} has its own vectorisation, which cannot hold actions; use env.repeat=1 (frame '
+        'skips go into env.kwargs).'
+    )
+
+
+def _make_from_suite(settings: Settings, **extra: Any) -> Any:
     prefix, _, name = settings.id.partition('/')
     suite = SUITES[prefix]
     if importlib.util.find_spec(suite.package) is None:
         raise UserError(f'{settings.id} needs a package that is not installed: {suite.install}')
-    make = importlib.import_module(f'dreamerv3_jax.envs.{suite.module}').make
+    module = importlib.import_module(f'dreamerv3_jax.envs.{suite.module}')
+    make = module.make_vector if suite.vector else module.make
     own = {
         'repeat': settings.repeat,
         'image_size': settings.image_size,
         'render_mode': 'rgb_array' if settings.render else None,
+        **extra,
     }
-    options = [key for key in inspect.signature(make).parameters if key not in ('name', *own)]
-    for key in settings.kwargs:
-        if key not in options:
-            raise UserError(
-                f'{settings.id} has no setting env.kwargs.{key}; it has {", ".join(options)}.'
-            )
+    parameters = inspect.signature(make).parameters
+    options = [key for key in parameters if key not in ('name', *own)]
+    # Where any option is taken, the suite knows which ones there are.
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in settings.kwargs:
+            if key not in options:
+                raise UserError(
+                    f'{settings.id} has no setting env.kwargs.{key}; it has {", ".join(options)}.'
+                )
     return make(name, **own, **settings.kwargs)
 
 
