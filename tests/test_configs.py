@@ -7,6 +7,7 @@ import pytest
 from dreamerv3_jax import cli, presets, settings
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.configs import base
+from dreamerv3_jax.envs.registry import SUITES
 from dreamerv3_jax.errors import UserError
 
 WIDTHS = {'deter', 'hidden', 'classes', 'depth', 'units'}
@@ -139,7 +140,7 @@ def test_docstring_installs_an_extra_that_exists(preset):
     text = presets._preset_module(preset).__doc__
     extras = re.findall(r"pip install 'dreamerv3-jax\[(\w+)\]'", text)
     suite = presets.load_config(preset).env.id.partition('/')[0]
-    assert extras == ([suite] if suite in ('atari', 'crafter', 'dmc') else [])
+    assert extras == ([suite] if suite in SUITES else [])
 
 
 @pytest.mark.parametrize('preset', TABLE)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
-from dreamerv3_jax.envs.registry import Settings, is_suite, is_vector_suite
+from dreamerv3_jax.envs.registry import Settings, check_installed, is_suite, is_vector_suite
 from dreamerv3_jax.envs.stream import FinalRecords, Records, empty_records
 from dreamerv3_jax.envs.vector import InProcess, VectorEnvironment, open_stream
 from dreamerv3_jax.errors import UserError
@@ -40,6 +40,7 @@ def make(
     """
     settings = _settings(config, seed, render, restart)
     if is_vector_suite(settings.id):
+        check_installed(settings.id)
         if config.vectorization not in ('auto', 'native'):
             raise UserError(
                 f'{settings.id} steps its environments together by itself; use '

@@ -105,6 +105,17 @@ def is_vector_suite(env_id: str) -> bool:
     return is_suite(env_id) and SUITES[env_id.partition('/')[0]].vector
 
 
+def check_installed(env_id: str) -> None:
+    """Looks for the package of a suite.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    suite = SUITES[env_id.partition('/')[0]]
+    if importlib.util.find_spec(suite.package) is None:
+        raise UserError(f'{env_id} needs a package that is not installed: {suite.install}')
+
+
 def make_env(settings: Settings) -> gymnasium.Env:
     """Builds one environment, action repeat included.
 
@@ -164,10 +175,9 @@ def no_repeat(env_id: str) -> UserError:
 
 
 def _make_from_suite(settings: Settings, **extra: Any) -> Any:
+    check_installed(settings.id)
     prefix, _, name = settings.id.partition('/')
     suite = SUITES[prefix]
-    if importlib.util.find_spec(suite.package) is None:
-        raise UserError(f'{settings.id} needs a package that is not installed: {suite.install}')
     module = importlib.import_module(f'dreamerv3_jax.envs.{suite.module}')
     make = module.make_vector if suite.vector else module.make
     own = {
