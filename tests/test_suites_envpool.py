@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +61,11 @@ def check_seeds(env_id, steps=60, **changes):
         f'print(fingerprint({env_id!r}, 1, {steps}, **{changes!r}))'
     )
     done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd='tests'
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
     )
     assert done.stdout.split()[-1] == first
 
