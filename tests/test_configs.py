@@ -7,6 +7,7 @@ import pytest
 from dreamerv3_jax import cli, presets, settings
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.configs import base
+from dreamerv3_jax.envs.registry import SUITES
 from dreamerv3_jax.errors import UserError
 
 WIDTHS = {'deter', 'hidden', 'classes', 'depth', 'units'}
@@ -23,7 +24,13 @@ TABLE = {
         {'sticky': False, 'full_actions': False, 'gray': False},
         *(64, 4, 1, 256.0, 400_000, 'size200m'),
     ),
+    'bsuite': ('bsuite/catch/0', {'mnist': ''}, 0, 1, 1, 1024.0, 100_000, 'size1m'),
     'crafter': ('crafter/reward', {}, 64, 1, 1, 512.0, 1_000_000, 'size200m'),
+    'dmc_manipulation': (
+        'manipulation/reach_site',
+        {'vision': False},
+        *(0, 1, 16, 1024.0, 1_000_000, 'size1m'),
+    ),
     'dmc_proprio': ('dmc/walker_walk', {}, 0, 1, 16, 1024.0, 1_000_000, 'size1m'),
     'dmc_vision': (
         'dmc/walker_walk',
@@ -129,7 +136,12 @@ def test_docstring_installs_an_extra_that_exists(preset):
     text = presets._preset_module(preset).__doc__
     extras = re.findall(r"pip install 'dreamerv3-jax\[(\w+)\]'", text)
     suite = presets.load_config(preset).env.id.partition('/')[0]
-    assert extras == ([suite] if suite in ('atari', 'crafter', 'dmc') else [])
+    if suite in SUITES and SUITES[suite].install.startswith('pip install "dreamerv3-jax['):
+        assert [f'pip install "dreamerv3-jax[{extra}]"' for extra in extras] == [
+            SUITES[suite].install
+        ]
+    else:
+        assert extras == []
 
 
 @pytest.mark.parametrize('preset', TABLE)

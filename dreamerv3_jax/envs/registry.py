@@ -42,6 +42,7 @@ class Suite:
 
 SUITES = {
     'atari': Suite('Atari 57', 'atari', 'ale_py', _pip('atari'), ('pong', 'breakout')),
+    'bsuite': Suite('bsuite', 'bsuite', 'bsuite', _pip('bsuite'), ('catch/0', 'memory_len/10')),
     'crafter': Suite('Crafter', 'crafter', 'crafter', _pip('crafter'), ('reward', 'noreward')),
     'dmc': Suite(
         'DeepMind Control Suite',
@@ -49,6 +50,13 @@ SUITES = {
         'dm_control',
         _pip('dmc'),
         ('walker_walk', 'cartpole_balance'),
+    ),
+    'manipulation': Suite(
+        'DeepMind manipulation (robot arm)',
+        'manipulation',
+        'dm_control',
+        _pip('dmc'),
+        ('reach_site', 'stack_2_bricks'),
     ),
 }
 
