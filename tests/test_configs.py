@@ -37,7 +37,13 @@ TABLE = {
         {'vision': True},
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
+    'dmlab': ('dmlab/rooms_watermaze', {}, 64, 4, 16, 32.0, 100_000_000, 'size200m'),
     'gymnasium': ('', {}, 0, 1, 4, 256.0, 1_000_000, 'size1m'),
+    'minecraft': (
+        'minecraft/diamond',
+        {'break_speed': 100.0, 'length': 36_000},
+        *(64, 1, 64, 32.0, 100_000_000, 'size200m'),
+    ),
     'quickstart': ('Hover-v0', {}, 0, 1, 4, 64.0, 11_200, 'cpu'),
 }
 

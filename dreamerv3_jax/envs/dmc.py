@@ -112,10 +112,12 @@ class ControlTask(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(
             action.minimum, action.maximum, action.shape, action.dtype
         )
+        parts: dict[str, gymnasium.Space] = {
+            name: _space(spec) for name, spec in self._env.observation_spec().items()
+        }
         if image_size:
             parts = {'image': _picture_space(image_size, image_size)}
-        else:
-            parts = {name: _space(spec) for name, spec in self._env.observation_spec().items()}
+        self._shapes = {name: space.shape for name, space in parts.items()}
         self.observation_space = gymnasium.spaces.Dict(parts)
 
     def reset(
@@ -153,7 +155,7 @@ class ControlTask(gymnasium.Env):
             side = self._image_size
             return {'image': self._env.physics.render(side, side, camera_id=self._camera)}
         return {
-            name: np.reshape(value, self.observation_space[name].shape)
+            name: np.reshape(value, self._shapes[name])
             for name, value in time_step.observation.items()
         }
 

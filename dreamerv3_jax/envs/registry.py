@@ -51,12 +51,31 @@ SUITES = {
         _pip('dmc'),
         ('walker_walk', 'cartpole_balance'),
     ),
+    'dmlab': Suite(
+        'DMLab-30',
+        'dmlab',
+        'deepmind_lab',
+        'clone github.com/google-deepmind/lab, run "bazel build -c opt '
+        '//python/pip_package:build_pip_package" and "bazel-bin/python/pip_package/'
+        'build_pip_package /tmp/dmlab" there, and pip install the wheel in /tmp/dmlab (its '
+        'docs/users/build.md and python/pip_package/README.md have the details).',
+        ('rooms_watermaze', 'language_execute_random_task'),
+    ),
     'manipulation': Suite(
         'DeepMind manipulation (robot arm)',
         'manipulation',
         'dm_control',
         _pip('dmc'),
         ('reach_site', 'stack_2_bricks'),
+    ),
+    'minecraft': Suite(
+        'Minecraft diamond',
+        'minecraft',
+        'minerl',
+        'install Java 8 ("apt-get install openjdk-8-jdk xvfb"), then "pip install minerl==0.4.4" '
+        '(minerl.readthedocs.io has the details), and without a screen put "xvfb-run -a" before '
+        'the command.',
+        ('diamond',),
     ),
 }
 
