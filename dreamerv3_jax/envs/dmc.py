@@ -117,7 +117,7 @@ class ControlTask(gymnasium.Env):
         }
         if image_size:
             parts = {'image': _picture_space(image_size, image_size)}
-        self._shapes = {name: space.shape for name, space in parts.items()}
+        self._shapes = {name: space.shape or () for name, space in parts.items()}
         self.observation_space = gymnasium.spaces.Dict(parts)
 
     def reset(
