@@ -21,4 +21,5 @@ def get_config(size: str = 'size1m') -> ml_collections.ConfigDict:
     config.env.num_envs = 1
     config.replay.train_ratio = 1024.0
     config.run.steps = 100_000
+    config.replay.capacity = 1_000_000  # the whole run of any task
     return config
