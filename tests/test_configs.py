@@ -24,11 +24,17 @@ TABLE = {
         {'sticky': False, 'full_actions': False, 'gray': False},
         *(64, 4, 1, 256.0, 400_000, 'size200m'),
     ),
+    'bsuite': ('bsuite/catch/0', {'mnist': ''}, 0, 1, 1, 1024.0, 100_000, 'size1m'),
     'crafter': ('crafter/reward', {}, 64, 1, 1, 512.0, 1_000_000, 'size200m'),
     'craftax': (
         'craftax/classic',
         {'pixels': True},
         *(64, 1, 16, 512.0, 1_000_000, 'size200m'),
+    ),
+    'dmc_manipulation': (
+        'manipulation/reach_site',
+        {'vision': False},
+        *(0, 1, 16, 1024.0, 1_000_000, 'size1m'),
     ),
     'dmc_proprio': ('dmc/walker_walk', {}, 0, 1, 16, 1024.0, 1_000_000, 'size1m'),
     'dmc_vision': (
@@ -36,11 +42,17 @@ TABLE = {
         {'vision': True},
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
+    'dmlab': ('dmlab/rooms_watermaze', {}, 64, 4, 16, 32.0, 100_000_000, 'size200m'),
     'gymnasium': ('', {}, 0, 1, 4, 256.0, 1_000_000, 'size1m'),
     'procgen': (
         'procgen/coinrun',
         {'distribution': 'hard'},
         *(64, 1, 16, 64.0, 50_000_000, 'size200m'),
+    ),
+    'minecraft': (
+        'minecraft/diamond',
+        {'break_speed': 100.0, 'length': 36_000},
+        *(64, 1, 64, 32.0, 100_000_000, 'size200m'),
     ),
     'quickstart': ('Hover-v0', {}, 0, 1, 4, 64.0, 11_200, 'cpu'),
 }
@@ -140,7 +152,12 @@ def test_docstring_installs_an_extra_that_exists(preset):
     text = presets._preset_module(preset).__doc__
     extras = re.findall(r"pip install 'dreamerv3-jax\[(\w+)\]'", text)
     suite = presets.load_config(preset).env.id.partition('/')[0]
-    assert extras == ([suite] if suite in SUITES else [])
+    if suite in SUITES and SUITES[suite].install.startswith('pip install "dreamerv3-jax['):
+        assert [f'pip install "dreamerv3-jax[{extra}]"' for extra in extras] == [
+            SUITES[suite].install
+        ]
+    else:
+        assert extras == []
 
 
 @pytest.mark.parametrize('preset', TABLE)

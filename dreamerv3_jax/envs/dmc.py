@@ -59,15 +59,13 @@ def make(
         near = difflib.get_close_matches(name, tasks, n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else 'names are <domain>_<task>.'
         raise UserError(f'There is no control task {name!r}; {hint}')
-    if (vision or render_mode) and os.environ.get('MUJOCO_GL') in _NO_RENDERER:
-        raise UserError(
-            'Pictures of MuJoCo need an OpenGL library; install libegl1 or libosmesa6, and set '
-            'MUJOCO_GL to egl or osmesa.'
-        )
+    if vision or render_mode:
+        check_renderer()
     domain, task = tasks[name]
+    env = suite.load(domain, task)
     return ControlTask(
-        domain,
-        task,
+        env,
+        env.task.random,
         repeat=repeat,
         image_size=(image_size or 64) if vision else 0,
         camera=camera if camera >= 0 else _CAMERAS.get(domain, 0),
@@ -75,15 +73,28 @@ def make(
     )
 
 
+def check_renderer() -> None:
+    """Checks that MuJoCo can draw.
+
+    Raises:
+      UserError: there is no library for it.
+    """
+    if os.environ.get('MUJOCO_GL') in _NO_RENDERER:
+        raise UserError(
+            'Pictures of MuJoCo need an OpenGL library; install libegl1 or libosmesa6, and set '
+            'MUJOCO_GL to egl or osmesa.'
+        )
+
+
 class ControlTask(gymnasium.Env):
-    """A task of the suite; `image_size` 0 observes its vectors."""
+    """A task of dm_control; `image_size` 0 observes what it gives out, else only a picture."""
 
     metadata = {'render_modes': ['rgb_array']}
 
     def __init__(
         self,
-        domain: str,
-        task: str,
+        env: Any,
+        random: np.random.RandomState,
         *,
         repeat: int,
         image_size: int,
@@ -94,19 +105,19 @@ class ControlTask(gymnasium.Env):
         self._repeat = repeat
         self._image_size = image_size
         self._camera = camera
-        self._env: Any = suite.load(domain, task)
+        self._env = env
+        self._random = random  # all the randomness of the task
         self.metadata = {**self.metadata, 'render_fps': 1 / self._env.control_timestep() / repeat}
         action = self._env.action_spec()
         self.action_space = gymnasium.spaces.Box(
             action.minimum, action.maximum, action.shape, action.dtype
         )
         parts: dict[str, gymnasium.Space] = {
-            name: gymnasium.spaces.Box(-np.inf, np.inf, spec.shape or (1,), np.float64)
-            for name, spec in self._env.observation_spec().items()
+            name: _space(spec) for name, spec in self._env.observation_spec().items()
         }
         if image_size:
-            shape = (image_size, image_size, 3)
-            parts = {'image': gymnasium.spaces.Box(0, 255, shape, np.uint8)}
+            parts = {'image': _picture_space(image_size, image_size)}
+        self._shapes = {name: space.shape or () for name, space in parts.items()}
         self.observation_space = gymnasium.spaces.Dict(parts)
 
     def reset(
@@ -115,7 +126,7 @@ class ControlTask(gymnasium.Env):
         """Starts an episode."""
         super().reset(seed=seed)
         if seed is not None:
-            self._env.task.random.seed(seed)
+            self._random.seed(seed)
         return self._observation(self._env.reset()), {}
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -143,4 +154,17 @@ class ControlTask(gymnasium.Env):
         if self._image_size:
             side = self._image_size
             return {'image': self._env.physics.render(side, side, camera_id=self._camera)}
-        return {name: np.atleast_1d(value) for name, value in time_step.observation.items()}
+        return {
+            name: np.reshape(value, self._shapes[name])
+            for name, value in time_step.observation.items()
+        }
+
+
+def _space(spec: Any) -> gymnasium.spaces.Box:
+    if spec.dtype == np.uint8:
+        return _picture_space(*spec.shape[-3:-1])
+    return gymnasium.spaces.Box(-np.inf, np.inf, spec.shape or (1,), np.float64)
+
+
+def _picture_space(height: int, width: int) -> gymnasium.spaces.Box:
+    return gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)

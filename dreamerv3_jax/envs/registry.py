@@ -46,6 +46,10 @@ class Suite:
 
 SUITES = {
     'atari': Suite('Atari 57', 'atari', 'ale_py', _pip('atari'), ('pong', 'breakout')),
+    'bsuite': Suite('bsuite', 'bsuite', 'bsuite', _pip('bsuite'), ('catch/0', 'memory_len/10')),
+    'craftax': Suite(
+        'Craftax', 'craftax', 'craftax', _pip('craftax'), ('classic', 'full'), vector=True
+    ),
     'crafter': Suite('Crafter', 'crafter', 'crafter', _pip('crafter'), ('reward', 'noreward')),
     'dmc': Suite(
         'DeepMind Control Suite',
@@ -54,8 +58,15 @@ SUITES = {
         _pip('dmc'),
         ('walker_walk', 'cartpole_balance'),
     ),
-    'craftax': Suite(
-        'Craftax', 'craftax', 'craftax', _pip('craftax'), ('classic', 'full'), vector=True
+    'dmlab': Suite(
+        'DMLab-30',
+        'dmlab',
+        'deepmind_lab',
+        'clone github.com/google-deepmind/lab, run "bazel build -c opt '
+        '//python/pip_package:build_pip_package" and "bazel-bin/python/pip_package/'
+        'build_pip_package /tmp/dmlab" there, and pip install the wheel in /tmp/dmlab (its '
+        'docs/users/build.md and python/pip_package/README.md have the details).',
+        ('rooms_watermaze', 'language_execute_random_task'),
     ),
     'envpool': Suite(
         'EnvPool',
@@ -64,6 +75,22 @@ SUITES = {
         _pip('envpool'),
         ('CartPole-v1', 'Pong-v5', 'CheetahRun-v1'),
         vector=True,
+    ),
+    'manipulation': Suite(
+        'DeepMind manipulation (robot arm)',
+        'manipulation',
+        'dm_control',
+        _pip('dmc'),
+        ('reach_site', 'stack_2_bricks'),
+    ),
+    'minecraft': Suite(
+        'Minecraft diamond',
+        'minecraft',
+        'minerl',
+        'install Java 8 ("apt-get install openjdk-8-jdk xvfb"), then "pip install minerl==0.4.4" '
+        '(minerl.readthedocs.io has the details), and without a screen put "xvfb-run -a" before '
+        'the command.',
+        ('diamond',),
     ),
     'procgen': Suite(
         'ProcGen', 'procgen', 'envpool', _pip('procgen'), ('coinrun', 'starpilot'), vector=True
