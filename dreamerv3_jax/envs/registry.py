@@ -39,6 +39,11 @@ class Suite:
     install: str  # what to do then
     examples: tuple[str, ...]  # names, without the prefix; the first stands for the suite in tests
 
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there."""
+        return importlib.util.find_spec(self.package) is not None
+
 
 SUITES = {
     'atari': Suite('Atari 57', 'atari', 'ale_py', _pip('atari'), ('pong', 'breakout')),
@@ -125,7 +130,7 @@ def readable_errors(env_id: str) -> Iterator[None]:
 def _make_from_suite(settings: Settings) -> gymnasium.Env:
     prefix, _, name = settings.id.partition('/')
     suite = SUITES[prefix]
-    if importlib.util.find_spec(suite.package) is None:
+    if not suite.installed:
         raise UserError(f'{settings.id} needs a package that is not installed: {suite.install}')
     make = importlib.import_module(f'dreamerv3_jax.envs.{suite.module}').make
     own = {
