@@ -131,7 +131,8 @@ def _make_from_suite(settings: Settings) -> gymnasium.Env:
     prefix, _, name = settings.id.partition('/')
     suite = SUITES[prefix]
     if not suite.installed:
-        raise UserError(f'{settings.id} needs a package that is not installed: {suite.install}')
+        how = suite.install.rstrip('.')
+        raise UserError(f'{settings.id} needs a package that is not installed: {how}.')
     make = importlib.import_module(f'dreamerv3_jax.envs.{suite.module}').make
     own = {
         'repeat': settings.repeat,
