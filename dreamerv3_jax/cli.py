@@ -1,4 +1,4 @@
-"""The command line: `train`, `evaluate` and `presets`.
+"""The command line: `train`, `evaluate`, `presets` and `envs`.
 
 Neither jax nor an environment is imported before the arguments are known to be right, so that help
 and mistakes are answered at once and a mistake leaves nothing behind.
@@ -30,6 +30,7 @@ commands:
   train      learn in an environment, or go on with a stopped run
   evaluate   play episodes with a trained agent
   presets    list the configurations that come with the package
+  envs       list the suites of environments, or look at one environment
 
   {_PROGRAM} <command> --help   the options of a command
   {_PROGRAM} --version          the versions in use
@@ -88,6 +89,23 @@ _PRESETS_HELP = f"""\
 usage: {_PROGRAM} presets
 
 Lists the presets, what each is for, and the sizes.
+"""
+_ENVS_HELP = f"""\
+usage: {_PROGRAM} envs [ID] [options]
+
+Lists the suites, whether each is installed, and how to install it. With an id: what the environment
+observes and takes, its steps per second, and a video of a random policy.
+
+options:
+  --config.env.KEY=VALUE        changes a setting of the environment, as in training
+  --config.env.kwargs.NAME=VALUE
+                                an argument of the environment, as a Python literal
+  --video=FILE.mp4              where the video goes (or FILE.gif); default: ID.mp4
+  --help                        this text
+
+examples:
+  {_PROGRAM} envs atari/pong --config.env.repeat=4
+  {_PROGRAM} envs dmc/walker_walk --config.env.kwargs.vision=true --video=walker.gif
 """
 
 
@@ -198,8 +216,7 @@ def _evaluate(arguments: list[str]) -> None:
         raise UserError(f'--episodes must be at least 1, not {options.episodes}.')
     if not 0 <= options.seed <= settings.MOST_SEED:
         raise UserError(f'--seed must be from 0 to {settings.MOST_SEED}, not {options.seed}.')
-    if options.video and options.video.suffix not in ('.mp4', '.gif'):
-        raise UserError(f'--video must end with .mp4 or .gif, unlike {options.video}.')
+    _check_video(options.video)
     startup.prepare()
     from dreamerv3_jax import evaluation
 
@@ -224,6 +241,11 @@ def _evaluate(arguments: list[str]) -> None:
     )
 
 
+def _check_video(path: Path | None) -> None:
+    if path and path.suffix not in ('.mp4', '.gif'):
+        raise UserError(f'--video must end with .mp4 or .gif, unlike {path}.')
+
+
 def _existing_run(name: str) -> Path:
     if not name:
         raise UserError(f'Name the run folder, as in {_PROGRAM} evaluate runs/quickstart-...')
@@ -244,6 +266,33 @@ def _presets(arguments: list[str]) -> None:
         print(f'{name:{width}}  {presets.describe(name)}')
     print(f'\nSizes: {", ".join(base.SIZES)}.')
     print(f'Start one with: {_PROGRAM} train --config=quickstart')
+
+
+def _envs(arguments: list[str]) -> None:
+    overrides, rest = _split_overrides(arguments)
+    parser = _Parser(name for name in settings.names() if name.startswith('env.'))
+    parser.add_argument('id', nargs='?', default='')
+    parser.add_argument('--video', type=Path)
+    options = parser.parse(rest)
+    if not options.id and (overrides or options.video):
+        raise UserError(f'Name the environment, as in {_PROGRAM} envs atari/pong.')
+    config = base.get_config()
+    config.env.update(id=options.id, num_envs=1)
+    for key, value in overrides:
+        if not key.startswith('env.') or key == 'env.id':
+            raise UserError(f'envs takes an id and --config.env.KEY=VALUE, not --config.{key}.')
+        settings.override(config, key, value)
+    _check_video(options.video)
+    startup.prepare()
+    from dreamerv3_jax import env_report
+
+    if options.id:
+        settings.validate(config)
+        env_report.report(config, options.video, lambda line: print(line, flush=True))
+        return
+    print('\n'.join(env_report.suites()))
+    print('\nOther environments: any gymnasium id, module:Id-v0 or module:function.')
+    print(f'Look at one with: {_PROGRAM} envs Hover-v0')
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
@@ -311,4 +360,5 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     'train': (_train, _TRAIN_HELP),
     'evaluate': (_evaluate, _EVALUATE_HELP),
     'presets': (_presets, _PRESETS_HELP),
+    'envs': (_envs, _ENVS_HELP),
 }

@@ -1,22 +1,17 @@
 """Playing episodes with a trained agent."""
 
-import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 import scipy.stats
 
-from dreamerv3_jax import checkpoint, envs, run_folder, sharding
+from dreamerv3_jax import checkpoint, envs, run_folder, sharding, video_file
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
-
-GIF_FRAME_RATE = 50.0  # browsers slow down what is faster
-LEAST_SIDE = 256  # pixels of a video; smaller pictures are enlarged
 
 
 class Player:
@@ -126,11 +121,9 @@ def evaluate(
     quota = np.array([len(range(index, episodes, count)) for index in range(count)])
     returns, lengths = np.zeros(count), np.zeros(count, np.int64)
     finished: dict[str, list[float]] = {'returns': [], 'lengths': []}
-    if video is not None:  # pygame, which many environments draw with, needs no screen then
-        os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
     env_seed = run_folder.derived_seed(seed, 2**31)
     with (
-        _Film(None if video is None else Path(video)) as film,
+        video_file.Film(None if video is None else Path(video)) as film,
         envs.make(config.env, env_seed, render=video is not None, restart=False) as env,
     ):
         film.frame_rate = env.frame_rate
@@ -153,7 +146,7 @@ def evaluate(
                     film.running = film.running and stream != 0
             # After an automatic reset the picture is of the next episode already.
             if recording and not (records.is_first[0] and not film.running):
-                film.add(_picture(env, records))
+                film.add(video_file.picture(env, records))
             actions = player.act(records.observation, records.is_first)
             records, finals = env.step(actions)
     values = np.array(finished['returns'])
@@ -175,67 +168,3 @@ def _in_order(
 ) -> list[tuple[np.ndarray, envs.Records]]:
     parts = [] if finals is None else [(finals.streams, finals.records)]
     return [*parts, (np.arange(len(records.reward)), records)]
-
-
-class _Film:
-    """A video file, opened when the first picture comes; without a path it takes none."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.running = path is not None
-        self._path = path
-        self._writer: Any = None
-        self.frame_rate = 0.0  # pictures per second, set before the first
-        if path is not None:
-            try:
-                import imageio
-
-                self._open = imageio.get_writer
-            except ImportError as error:
-                raise UserError(
-                    'Videos need imageio; pip install "dreamerv3-jax[video]".'
-                ) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def add(self, picture: np.ndarray) -> None:
-        """Appends [H, W, 3] `uint8`."""
-        factor = -(-LEAST_SIDE // max(picture.shape[:2]))
-        picture = picture.repeat(factor, 0).repeat(factor, 1)
-        # The usual video formats halve the resolution of colours: both sides have to be even.
-        picture = np.pad(picture, [(0, side % 2) for side in picture.shape[:2]] + [(0, 0)], 'edge')
-        with warnings.catch_warnings():
-            # ffmpeg starts with the first picture. Its process runs no Python, so it cannot meet
-            # the deadlock that JAX warns of.
-            warnings.filterwarnings('ignore', r'os\.fork\(\)', RuntimeWarning)
-            try:
-                self._writer = self._writer or self._start()
-                self._writer.append_data(picture)
-            except (ImportError, OSError, ValueError) as error:
-                raise UserError(
-                    f'Cannot write the video {self._path}: {" ".join(str(error).split())}'
-                ) from error
-
-    def _start(self) -> Any:
-        assert self._path is not None
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.suffix == '.gif':
-            duration = 1000 / min(self.frame_rate, GIF_FRAME_RATE)
-            return self._open(self._path, duration=duration, loop=0)
-        return self._open(self._path, fps=self.frame_rate, macro_block_size=1)
-
-
-def _picture(env: envs.VectorEnvironment, records: envs.Records) -> np.ndarray:
-    """What the first environment shows: its own rendering, or its first image observation."""
-    picture = env.render()
-    if picture is not None:
-        return picture
-    for name, spec in env.observation_specs.items():
-        if spec.kind == 'image':
-            image = records.observation[name][0]
-            return np.repeat(image[..., :1], 3, -1) if image.shape[-1] != 3 else image
-    raise UserError('This environment draws no pictures; evaluate it without --video.')

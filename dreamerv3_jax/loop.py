@@ -17,7 +17,6 @@ from dreamerv3_jax.interrupts import Interrupted, Interrupts
 from dreamerv3_jax.metrics import MetricWriter
 from dreamerv3_jax.progress import ProgressLine, Timer
 from dreamerv3_jax.replay import Replay, bytes_per_step, check_memory
-from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.train_ratio import TrainRatio
 from dreamerv3_jax.types import Metrics, StoredLatent
 
@@ -333,6 +332,7 @@ class Trainer:
 
     def _describe(self, preset: str, step_bytes: int) -> None:
         config, agent = self._config, self._agent
+        observations, actions = agent.observation_specs, agent.action_specs
         counts = agent.parameter_counts()
         devices = jax.devices()
         per_update = (
@@ -343,8 +343,8 @@ class Trainer:
             'run': f'{self._logdir} (preset {preset}, seed {config.seed})',
             'environment': f'{config.env.id}, {self._env.num_envs} in parallel, '
             f'repeat {config.env.repeat}',
-            'observation': _list_specs(agent.observation_specs),
-            'action': _list_specs(agent.action_specs),
+            'observation': ', '.join(f'{name}: {spec}' for name, spec in observations.items()),
+            'action': ', '.join(f'{name}: {spec}' for name, spec in actions.items()),
             'parameters': f'{sum(counts.values()):,} ({config.size}): '
             + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
             'devices': f'{len(devices)} {devices[0].platform} ({devices[0].device_kind}), '
@@ -356,12 +356,3 @@ class Trainer:
         }
         for name, text in rows.items():
             self._progress.message(f'{name:12} {text}')
-
-
-def _list_specs(specs: Mapping[str, ArraySpec]) -> str:
-    def describe(spec: ArraySpec) -> str:
-        if spec.kind == 'discrete':
-            return 'x'.join(map(str, spec.classes)) + ' choices'
-        return 'x'.join(map(str, spec.shape)) + (' image' if spec.kind == 'image' else ' numbers')
-
-    return ', '.join(f'{name}: {describe(spec)}' for name, spec in specs.items())

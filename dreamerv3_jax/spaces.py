@@ -52,6 +52,11 @@ class ArraySpec:
         kinds = {'image': np.uint8, 'continuous': np.float32, 'discrete': np.int32}
         return np.dtype(kinds[self.kind])
 
+    def __str__(self) -> str:
+        if self.kind == 'discrete':
+            return 'x'.join(map(str, self.classes)) + ' choices'
+        return 'x'.join(map(str, self.shape)) + (' image' if self.kind == 'image' else ' numbers')
+
 
 class ObservationAdapter:
     """Flattens observations of a space.

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import dreamerv3_jax
-from dreamerv3_jax import cli, settings
+from dreamerv3_jax import cli, env_report, settings
+from dreamerv3_jax.envs import registry
+from dreamerv3_jax.envs.registry import Suite
 from dreamerv3_jax.errors import UserError
 
 
@@ -67,10 +69,10 @@ def mistake(capsys, *arguments):
     ('arguments', 'words'),
     [
         # Commands.
-        ('', 'Give a command: train, evaluate, presets.'),
+        ('', 'Give a command: train, evaluate, presets, envs.'),
         ('--config=quickstart', 'Give a command, before --config=quickstart'),
         ('trian --config=quickstart', "no command 'trian'; did you mean 'train'?"),
-        ('xyz', 'choose one of train, evaluate, presets.'),
+        ('xyz', 'choose one of train, evaluate, presets, envs.'),
         # Options.
         ('train', 'Choose a preset, as in --config=quickstart'),
         ('train --config', '--config expected one argument.'),
@@ -130,6 +132,18 @@ def mistake(capsys, *arguments):
         ('evaluate run --seed=-1', '--seed must be from 0 to 4294967295, not -1.'),
         ('evaluate run --seed=5000000000', '--seed must be from 0 to 4294967295'),
         ('evaluate run --video=film.avi', '--video must end with .mp4 or .gif'),
+        # Environments.
+        ('envs Hovre-v0', 'Did you mean Hover-v0'),
+        ('envs crafter', 'Did you mean crafter/reward'),
+        ('envs CartPole-v1 more', "'more' is one argument too many"),
+        ('envs CartPole-v1 --vidoe=a.mp4', "no option --vidoe; did you mean '--video'?"),
+        ('envs CartPole-v1 --video=film.avi', '--video must end with .mp4 or .gif'),
+        ('envs CartPole-v1 --repeat=2', 'did you mean --config.env.repeat?'),
+        ('envs CartPole-v1 --config.env.repeta=2', 'did you mean config.env.repeat?'),
+        ('envs CartPole-v1 --config.env.repeat=0', 'must be at least 1, not 0.'),
+        ('envs CartPole-v1 --config.seed=1', 'not --config.seed.'),
+        ('envs --config.env.repeat=2', 'Name the environment, as in dreamerv3-jax envs'),
+        ('envs --video=a.gif', 'Name the environment, as in dreamerv3-jax envs'),
     ],
 )
 def test_mistakes(arguments, words, capsys, folder, trained, evaluated):
@@ -357,6 +371,7 @@ def test_evaluate_prints_one_episode(monkeypatch, evaluated, capsys, folder):
         ('presets --help', 'Lists the presets'),
         ('--version', 'dreamerv3-jax 0.1.0'),
         ('presets', 'A drone learns'),
+        ('envs --help', '--config.env.kwargs.NAME=VALUE'),
     ],
 )
 def test_help(arguments, words, capsys):
@@ -364,6 +379,61 @@ def test_help(arguments, words, capsys):
     captured = capsys.readouterr()
     assert words in captured.out and captured.err == ''
     assert max(map(len, captured.out.splitlines())) <= 120
+
+
+def test_envs_lists_suites(monkeypatch, capsys):
+    suites = {
+        'json': Suite('Here', 'json', 'json', 'nothing', ('first', 'second')),
+        'no': Suite('There', 'no', 'no_such_package', 'pip install it', ('x',)),
+    }
+    monkeypatch.setattr(env_report, 'SUITES', suites)
+    assert cli.main(['envs']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        'Here   json/first  installed',
+        'There  no/x        not installed: pip install it',
+    ]
+
+
+def test_envs_looks_at_one(monkeypatch, capsys, folder):
+    monkeypatch.setattr(env_report, 'MEASURED_SECONDS', 0.05)
+    pytest.importorskip('imageio_ffmpeg')
+    options = ['--config.env.kwargs.length=7', '--config.env.num_envs=2']
+    assert cli.main(['envs', 'toy_envs:Counter', *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        'environment  toy_envs:Counter, repeat 1',
+        'observation  action: 4 choices, count: 2 numbers',
+        'action       action: 3 choices',
+    ]
+    rate, _, rest = lines[3].removeprefix('speed').strip().partition(' ')
+    assert int(rate.replace(',', '')) > 100
+    assert rest == 'steps per second (2 environments, resets included)'
+    assert lines[4:] == ['video        toy_envs_Counter.mp4']
+    assert (folder / 'toy_envs_Counter.mp4').stat().st_size > 500
+    assert cli.main(['envs', 'toy_envs:Counter', '--video=films/a.gif']) == 0
+    imageio = pytest.importorskip('imageio.v3')
+    frames = imageio.imread(folder / 'films/a.gif')
+    assert len(frames) > 3 and frames.shape[-1] == 3
+
+
+def test_envs_without_a_video(monkeypatch, capsys, folder):
+    monkeypatch.setattr(env_report, 'MEASURED_SECONDS', 0.05)
+    assert cli.main(['envs', 'toy_envs:Clockwork', '--config.env.kwargs.length=5']) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'no video     This environment draws no pictures, so that there can be no video.'
+    )
+    monkeypatch.setitem(sys.modules, 'imageio', None)
+    assert cli.main(['envs', 'CartPole-v1']) == 0
+    assert 'no video     Videos need imageio; pip' in capsys.readouterr().out
+    assert cli.main(['envs', 'CartPole-v1', '--video=a.mp4']) == 2
+    assert 'Videos need imageio' in capsys.readouterr().err
+    assert not list(folder.iterdir())
+
+
+def test_envs_knows_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(registry.SUITES, 'no', Suite('No', 'no', 'no_such', 'pip it', ('x',)))
+    assert 'no/x needs a package that is not installed: pip it' in mistake(capsys, 'envs', 'no/x')
 
 
 def test_process():

@@ -13,7 +13,7 @@ import tiny_runs
 import toy_envs
 
 import dreamerv3_jax
-from dreamerv3_jax import envs, evaluation, run_folder
+from dreamerv3_jax import envs, evaluation, run_folder, video_file
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.evaluation import Player, evaluate
 from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
@@ -182,7 +182,7 @@ def test_video_that_cannot_be_written(run, tmp_path):
 def test_pictures_of_any_size(tmp_path):
     pytest.importorskip('imageio_ffmpeg')
     for shape in ((5, 7, 3), (301, 201, 3)):
-        with evaluation._Film(tmp_path / 'film.mp4') as film:
+        with video_file.Film(tmp_path / 'film.mp4') as film:
             film.add(np.zeros(shape, np.uint8))
         assert (tmp_path / 'film.mp4').stat().st_size > 500
 
@@ -192,7 +192,7 @@ def test_pictures_from_observations():
     env = types.SimpleNamespace(render=lambda: None, observation_specs=specs)
     records = envs.empty_records(specs, 2)
     records.observation['view'][:] = [[[[7]]], [[[9]]]]
-    picture = evaluation._picture(env, records)
+    picture = video_file.picture(env, records)
     assert picture.shape == (4, 5, 3) and (picture == 7).all()
 
 
@@ -201,7 +201,7 @@ def test_no_pictures(tmp_path):
     config = tiny_runs.run_config('test_evaluation:Blind', agent__actor_output_scale=0.0)
     with tiny_runs.ticked(config, tmp_path / 'run', 1) as trainer:
         trainer.save()
-    with pytest.raises(UserError, match='draws no pictures; evaluate it without --video'):
+    with pytest.raises(UserError, match='draws no pictures'):
         evaluate(tmp_path / 'run', episodes=1, video=tmp_path / 'film.mp4')
     assert not (tmp_path / 'film.mp4').exists()
 

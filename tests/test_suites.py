@@ -1,10 +1,7 @@
 import hashlib
 import math
 import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import ml_collections
 import numpy as np
@@ -235,16 +232,15 @@ class TestControl:
         with pytest.raises(UserError, match='no setting env.kwargs.pixels; it has vision, camera'):
             make('dmc/walker_walk', kwargs={'pixels': True})
 
-    @pytest.mark.parametrize('repeat', [1, 3])
-    def test_time_limit_truncates(self, repeat):
-        with make('dmc/pendulum_swingup', repeat=repeat) as env:
+    def test_time_limit_truncates_in_the_middle_of_a_repeat(self):
+        with make('dmc/pendulum_swingup', repeat=3) as env:
             env.reset()
             steps, last = 0, False
             while not last:
                 records, _ = env.step({'action': np.zeros((1, 1), np.float32)})
                 last = records.is_last[0]
                 steps += 1
-            assert steps == math.ceil(1000 / repeat)
+            assert steps == math.ceil(1000 / 3)
             assert not records.is_terminal[0]
             assert env.step({'action': np.zeros((1, 1), np.float32)})[0].is_first[0]
 
@@ -255,23 +251,6 @@ class TestControl:
             records, _ = env.step({'action': np.zeros((1, 1), np.float32)})
             assert records.is_last[0]
             assert records.is_terminal[0]
-
-    def test_repeat_sums_rewards(self):
-        action = {'action': np.full((1, 1), 0.3, np.float32)}
-        with make('dmc/cartpole_balance', repeat=2) as twice, make('dmc/cartpole_balance') as once:
-            first = twice.reset(), once.reset()
-            np.testing.assert_array_equal(
-                first[0].observation['position'], first[1].observation['position']
-            )
-            records, _ = twice.step(action)
-            parts = [once.step(action)[0] for _ in range(2)]
-        np.testing.assert_allclose(records.reward, parts[0].reward + parts[1].reward, rtol=1e-6)
-        np.testing.assert_array_equal(
-            records.observation['velocity'], parts[1].observation['velocity']
-        )
-
-    def test_seeds(self):
-        check_seeds('dmc/walker_walk', steps=20)
 
     def test_frame_rate(self):
         # Control steps are 10 ms long in one domain and 25 ms in the other.
@@ -357,29 +336,6 @@ class TestCrafter:
             assert (records.reward[0] >= 0.9) == paid
             assert env.render().shape == (256, 256, 3)
 
-    @pytest.mark.medium
-    def test_reproducible_across_processes(self):
-        """Compares processes in which sets of objects have different orders."""
-        code = (
-            'import sys, test_suites\n'
-            'padding = [object() for _ in range(int(sys.argv[1]))]\n'
-            'with test_suites.make("crafter/reward", seed=0) as env:\n'
-            '    print(test_suites.play(env, 250))\n'
-        )
-        root = Path(__file__).parent.parent
-        path = os.pathsep.join([str(root), str(root / 'tests')])
-        found = [
-            subprocess.run(
-                [sys.executable, '-c', code, padding],
-                env={**os.environ, 'PYTHONPATH': path, 'PYTHONHASHSEED': padding},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for padding in ('1', '1001')
-        ]
-        assert found[0] == found[1]
-
 
 @pytest.mark.parametrize('preset', ['atari', 'atari100k', 'crafter', 'dmc_proprio', 'dmc_vision'])
 def test_presets_make_their_environments(preset):
@@ -428,15 +384,3 @@ class TestMuJoCo:
                 assert records.is_last[0] == (step == 333)
             assert not records.is_terminal[0]
             assert env.step({'action': np.zeros((1, 6), np.float32)})[0].is_first[0]
-
-    def test_falling_terminates(self):
-        with make('Hopper-v5') as env:
-            env.reset()
-            rng, last = np.random.default_rng(0), False
-            while not last:
-                records, _ = env.step(random_actions(env, rng))
-                last = records.is_last[0]
-            assert records.is_terminal[0]
-
-    def test_seeds(self):
-        check_seeds('HalfCheetah-v5', steps=20)

@@ -43,6 +43,11 @@ class Suite:
     examples: tuple[str, ...]  # names, without the prefix; the first stands for the suite in tests
     vector: bool = False  # its module has `make_vector`
 
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there."""
+        return importlib.util.find_spec(self.package) is not None
+
 
 SUITES = {
     'atari': Suite('Atari 57', 'atari', 'ale_py', _pip('atari'), ('pong', 'breakout')),
@@ -139,8 +144,9 @@ def check_installed(env_id: str) -> None:
       UserError: it is not installed.
     """
     suite = SUITES[env_id.partition('/')[0]]
-    if importlib.util.find_spec(suite.package) is None:
-        raise UserError(f'{env_id} needs a package that is not installed: {suite.install}')
+    if not suite.installed:
+        how = suite.install.rstrip('.')
+        raise UserError(f'{env_id} needs a package that is not installed: {how}.')
 
 
 def make_env(settings: Settings) -> gymnasium.Env:

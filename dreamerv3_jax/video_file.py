@@ -1,0 +1,93 @@
+"""Videos of what an environment shows."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from dreamerv3_jax.envs import Records, VectorEnvironment
+from dreamerv3_jax.errors import UserError
+
+GIF_FRAME_RATE = 50.0  # browsers slow down what is faster
+LEAST_SIDE = 256  # pixels of a video; smaller pictures are enlarged
+
+
+class Film:
+    """A video file, opened when the first picture comes; without a path it takes none."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Prepares; nothing is written yet.
+
+        Raises:
+          UserError: the package that writes videos is missing.
+        """
+        self.running = path is not None
+        self._path = path
+        self._writer: Any = None
+        self.frame_rate = 0.0  # pictures per second, set before the first
+        if path is not None:
+            # pygame, which many environments draw with, needs no screen then.
+            os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
+            try:
+                import imageio
+
+                self._open = imageio.get_writer
+            except ImportError as error:
+                raise UserError(
+                    'Videos need imageio; pip install "dreamerv3-jax[video]".'
+                ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, picture: np.ndarray) -> None:
+        """Appends [H, W, 3] `uint8`.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        factor = -(-LEAST_SIDE // max(picture.shape[:2]))
+        picture = picture.repeat(factor, 0).repeat(factor, 1)
+        # The usual video formats halve the resolution of colours: both sides have to be even.
+        picture = np.pad(picture, [(0, side % 2) for side in picture.shape[:2]] + [(0, 0)], 'edge')
+        with warnings.catch_warnings():
+            # ffmpeg starts with the first picture. Its process runs no Python, so it cannot meet
+            # the deadlock that JAX warns of.
+            warnings.filterwarnings('ignore', r'os\.fork\(\)', RuntimeWarning)
+            try:
+                self._writer = self._writer or self._start()
+                self._writer.append_data(picture)
+            except (ImportError, OSError, ValueError) as error:
+                raise UserError(
+                    f'Cannot write the video {self._path}: {" ".join(str(error).split())}'
+                ) from error
+
+    def _start(self) -> Any:
+        assert self._path is not None
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.suffix == '.gif':
+            duration = 1000 / min(self.frame_rate, GIF_FRAME_RATE)
+            return self._open(self._path, duration=duration, loop=0)
+        return self._open(self._path, fps=self.frame_rate, macro_block_size=1)
+
+
+def picture(env: VectorEnvironment, records: Records) -> np.ndarray:
+    """Returns what the first environment shows: its own rendering, or an image that it observes.
+
+    Raises:
+      UserError: it does neither.
+    """
+    drawn = env.render()
+    if drawn is not None:
+        return drawn
+    for name, spec in env.observation_specs.items():
+        if spec.kind == 'image':
+            image = records.observation[name][0]
+            return np.repeat(image[..., :1], 3, -1) if image.shape[-1] != 3 else image
+    raise UserError('This environment draws no pictures, so that there can be no video.')

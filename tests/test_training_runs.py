@@ -1,0 +1,63 @@
+"""Every suite by the whole path: play, replay, updates, checkpoint, evaluation. Slow.
+
+python -m pytest -m slow tests/test_training_runs.py
+"""
+
+import json
+import math
+import re
+
+import pytest
+from test_contract import CASES
+from test_learning import command
+
+from dreamerv3_jax import presets
+from dreamerv3_jax.envs.registry import SUITES
+
+STEPS = 500  # as in the contract, so that episodes end
+UPDATES = 200  # at least; one for every two steps, after those that fill the first batch
+SMALL = {
+    'env.num_envs': 2,
+    'replay.batch_size': 2,
+    'replay.batch_length': 16,
+    'replay.train_ratio': 16,
+    'replay.capacity': 2000,
+    'run.log_every': 1,
+}
+
+
+def suite_of(preset):
+    return SUITES.get(presets.load_config(preset).env.id.partition('/')[0])
+
+
+PRESETS = [name for name in presets.names() if suite_of(name)]
+
+
+def test_every_suite_has_a_preset():
+    suites = {suite_of(preset).title for preset in PRESETS}
+    # EnvPool's ids belong to suites of many kinds.
+    assert suites == {suite.title for suite in SUITES.values()} - {'EnvPool'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', PRESETS)
+def test_short_run(preset, tmp_path):
+    suite = suite_of(preset)
+    if not suite.installed:
+        pytest.skip(f'{suite.title} is not installed: {suite.install}')
+    env, settings = presets.load_config(preset).env, {**SMALL, 'logdir': tmp_path}
+    case = next((case for case in CASES if case.id == env.id), None)
+    if case:  # what makes episodes short
+        settings |= {f'env.kwargs.{name}': value for name, value in case.kwargs.items()}
+        settings['env.repeat'] = max(env.repeat, case.repeat)
+    settings['run.steps'] = STEPS * settings.get('env.repeat', env.repeat)
+    options = [f'--config.{name}={value}' for name, value in settings.items()]
+    command('train', f'--config={preset}:nano', *options)
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert lines[-1]['count/updates'] >= UPDATES
+    assert lines[-1]['count/episodes'] >= 1
+    assert lines[-1]['count/skipped'] == lines[-1]['count/restarts'] == 0
+    losses = [value for name, value in lines[-1].items() if 'loss/' in name]
+    assert losses and all(value is not None and math.isfinite(value) for value in losses)
+    played = command('evaluate', tmp_path, '--episodes=2')
+    assert math.isfinite(float(re.search(r'mean return (\S+)', played)[1]))
