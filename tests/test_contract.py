@@ -50,13 +50,19 @@ GYMNASIUM = [
 ]
 SPECIAL = [
     Case('atari/pong', repeat=20),
+    Case('craftax/classic', {'length': 61}, limit=61, dies=False, marks=MEDIUM),
     Case('crafter/reward', {'length': 61}, limit=61, dies=False, marks=MEDIUM),
     Case('dmc/walker_walk', repeat=10, limit=100, dies=False),
     Case('dmc/cartpole_balance', {'vision': True}, repeat=20, limit=50, dies=False, marks=MEDIUM),
+    Case('manipulation/reach_site', repeat=4, limit=63, dies=False),
+    Case('procgen/starpilot'),
 ]
-PLAIN = [Case(f'{prefix}/{suite.examples[0]}') for prefix, suite in SUITES.items()]
-SPECIAL_IDS = {case.id for case in SPECIAL}
-CASES = [*GYMNASIUM, *SPECIAL, *(case for case in PLAIN if case.id not in SPECIAL_IDS)]
+PLAIN = [
+    Case(f'{prefix}/{suite.examples[0]}')
+    for prefix, suite in SUITES.items()
+    if prefix not in {case.id.partition('/')[0] for case in SPECIAL}
+]
+CASES = [*GYMNASIUM, *SPECIAL, *PLAIN]
 
 
 @pytest.fixture(params=[pytest.param(case, id=str(case), marks=case.marks) for case in CASES])
