@@ -1,4 +1,4 @@
-"""What the README shows really works: its Python runs, and its commands are accepted."""
+"""What the README and the pages in docs/ show really works."""
 
 import re
 import shlex
@@ -10,20 +10,20 @@ import pytest
 import tiny_runs
 
 import dreamerv3_jax
-from dreamerv3_jax import cli, presets
+from dreamerv3_jax import cli, env_report, loop, presets
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 PROGRAM = 'dreamerv3-jax'
 
 
-def blocks(language):
-    return re.findall(rf'^```{language}\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
+def blocks(language, page=README):
+    return re.findall(rf'^```{language}\n(.*?)^```', page, re.DOTALL | re.MULTILINE)
 
 
-def commands():
+def commands(page=README):
     """All command lines of the program, continued lines joined, without prompt and comment."""
-    text = '\n'.join(block for name in ('bash', 'sh', 'console') for block in blocks(name))
+    text = '\n'.join(block for name in ('bash', 'sh', 'console') for block in blocks(name, page))
     lines = text.replace('\\\n', ' ').splitlines()
     words = [shlex.split(line.removeprefix('$ '), comments=True) for line in lines]
     return [line[1:] for line in words if line and line[0] == PROGRAM]
@@ -35,10 +35,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.medium
-def test_python(monkeypatch, tmp_path_factory):
-    """All blocks in order, as one session, with tiny networks and short runs."""
-    original = presets.load_config
+@pytest.fixture
+def small_configs(monkeypatch, tmp_path_factory):
+    """Makes presets load with tiny networks, and runs short."""
+    original, train = presets.load_config, loop.train
 
     def load_small_config(spec):
         config, tiny = original(spec), tiny_runs.run_config()
@@ -48,15 +48,49 @@ def test_python(monkeypatch, tmp_path_factory):
         config.run.steps = min(config.run.steps, tiny.run.steps)
         return config
 
+    def train_shortly(config, *arguments, **options):
+        config.run.steps = min(config.run.steps, tiny_runs.run_config().run.steps)
+        train(config, *arguments, **options)
+
     monkeypatch.setattr(presets, 'load_config', load_small_config)
+    monkeypatch.setattr(loop, 'train', train_shortly)
+    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
+        yield
+
+
+def run_blocks(name, page, found):
+    """Runs blocks in order, as one session."""
+    namespace = {'__name__': 'page'}
+    for block in found:
+        line = page[: page.index(block)].count('\n')
+        source = '\n' * line + block  # so that errors name the line of the page
+        exec(compile(source, ROOT / name, 'exec'), namespace)
+
+
+@pytest.mark.medium
+def test_python(monkeypatch, small_configs):
     monkeypatch.syspath_prepend(ROOT)
     assert blocks('python'), 'the README shows no Python'
-    namespace = {'__name__': 'readme'}
-    with tiny_runs.quick_compilation(tmp_path_factory.getbasetemp() / 'compiled'):
-        for block in blocks('python'):
-            line = README[: README.index(block)].count('\n')
-            source = '\n' * line + block  # so that errors name the README's line
-            exec(compile(source, ROOT / 'README.md', 'exec'), namespace)
+    run_blocks('README.md', README, blocks('python'))
+
+
+@pytest.mark.medium
+def test_own_environment(folder, monkeypatch, small_configs, capsys):
+    """The page from its first line to its last: the file is written, and the commands are run."""
+    monkeypatch.setattr(sys, 'path', [*sys.path])  # the command line adds the current folder
+    monkeypatch.setattr(env_report, 'MEASURED_SECONDS', 0.1)
+    name = 'docs/environments.md'
+    page = (ROOT / name).read_text()
+    module, *session = blocks('python', page)
+    file = re.match(r'# (\w+\.py)\n', module)[1]
+    (folder / file).write_text(module)
+    assert [line[0] for line in commands(page)] == ['envs', 'train', 'evaluate']
+    for arguments in commands(page):
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert 'mean return' in capsys.readouterr().out
+    assert session
+    run_blocks(name, page, session)
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0
 
 
 def test_commands(folder, monkeypatch, trained, capsys):
@@ -79,10 +113,11 @@ def test_commands(folder, monkeypatch, trained, capsys):
 
 
 def test_links():
-    """Files that the README points to exist."""
-    for target in re.findall(r'\]\(([^)#]+)', README):
-        if not re.match(r'\w+:', target):
-            assert (ROOT / target).exists(), f'the README links to {target}, which is missing'
+    """Files that the pages point to exist."""
+    for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
+        for target in re.findall(r'\]\(([^)#]+)', page.read_text()):
+            if not re.match(r'\w+:', target):
+                assert (page.parent / target).exists(), f'{page.name} links to {target}'
 
 
 def test_reliability_names_its_tests():
