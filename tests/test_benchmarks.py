@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
+
+from dreamerv3_jax import update
 
 ROOT = Path(__file__).parent.parent
 MEASURE = [sys.executable, '-m', 'experiments.benchmarks.measure']
@@ -92,3 +95,37 @@ def test_what_cannot_be_measured_is_refused_first(arguments):
     )
     assert result.returncode and ('invalid choice' in result.stderr or '--output' in result.stderr)
     assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.medium
+def test_plain_forms_are_used_and_compute_the_same(monkeypatch, quick_compilation):
+    from experiments.benchmarks import measure, plain
+
+    agent = measure.make_agent('nano', 'images 48x48x3')
+    state, batch = agent.init(seed=0), measure.random_batch(agent)
+    batch = jax.tree.map(lambda x: x[:2, :5] if x.shape[1] == 65 else x[:2], batch)
+
+    def gradients():
+        def total(params):
+            return update.total_loss(
+                params, state.slow_critic, state.percentiles, batch, jax.random.key(0),
+                networks=agent.networks, observation_specs=agent.observation_specs,
+                action_specs=agent.action_specs, config=agent.config,
+            )[0]  # fmt: skip
+
+        return jax.jit(jax.grad(total))(state.params)
+
+    expected, used = gradients(), set()
+    for name, (module, attribute, function) in plain.PATCHES.items():
+
+        def recorded(*arguments, name=name, function=function, **options):
+            used.add(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setitem(plain.PATCHES, name, (module, attribute, recorded))
+    with plain.without(*plain.PATCHES):
+        chex.assert_trees_all_close(gradients(), expected, rtol=1e-3, atol=1e-5)
+    assert used == set(plain.PATCHES)
+    used.clear()
+    gradients()
+    assert not used  # all is as before

@@ -250,7 +250,7 @@ class TestCraftax:
     def package(self):
         pytest.importorskip('craftax')
 
-    def test_contract(self):
+    def test_time_limit_and_logs(self):
         with make_pool('craftax/classic', num_envs=3, kwargs={'length': 60}) as env:
             assert isinstance(env, Native)
             assert env.observation_specs['observation'].shape == (1345,)
@@ -267,6 +267,7 @@ class TestCraftax:
             assert check_contract(env, 500) == {'terminated'}
             check_streams_differ(env)
 
+    @pytest.mark.slow
     def test_pictures_and_seeds(self):
         def look(seed):
             settings = {'kwargs': {'pixels': True}, 'num_envs': 2, 'image_size': 64}
@@ -281,6 +282,7 @@ class TestCraftax:
 
         assert look(1) == look(1) != look(2)
 
+    @pytest.mark.slow
     def test_the_larger_game(self):
         with make_pool('craftax/full', num_envs=2) as env:
             assert env.observation_specs['observation'].shape == (8268,)

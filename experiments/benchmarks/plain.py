@@ -1,0 +1,202 @@
+"""The update as one would write it first: every optimisation by name, and the way to leave it out.
+
+python -m experiments.benchmarks.plain [--size=size1m] [--kind='images 64x64x3'] [--runs=7]
+
+Times the update without each optimisation in turn, and without all of them, beside the update as it
+is: both are compiled in one process and take turns, and the ratio of their medians is printed. The
+settings of `startup` are measured in processes of their own.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments.benchmarks import measure
+
+NAME = 'experiments.benchmarks.plain'
+
+
+def _window_max_pool(x: Any) -> Any:
+    import jax
+    import numpy as np
+
+    shape = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, -np.inf, jax.lax.max, shape, shape, 'VALID')
+
+
+def _pooled(conv: Any, x: Any) -> Any:
+    from dreamerv3_jax.nets import encoder
+
+    return encoder.max_pool(conv(x))
+
+
+def _upsampled(conv: Any, x: Any) -> Any:
+    return conv(x.repeat(2, 1).repeat(2, 2))
+
+
+def _normalised_silu(x: Any, bias: Any, scale: Any) -> Any:
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    from dreamerv3_jax.nets.layers import inverse_rms
+
+    y = x.astype(jnp.float32) + bias[None]
+    return nn.silu(y * inverse_rms(y, (-1,)) * scale[None]).astype(x.dtype)
+
+
+def _scan(step: Callable, params: Any, start: Any, inputs: Any) -> Any:
+    import jax
+
+    def body(state: Any, xs: Any) -> Any:
+        state, output = step(params, state, xs)
+        return state, (state, output)
+
+    return jax.lax.scan(body, start, inputs)[1]
+
+
+def _sequence(cell: Any, deter: Any, stoch: Any, action: Any) -> Any:
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    def product(layer: Any, x: Any) -> Any:  # [N, G, in] -> [N, G, out]
+        out = jnp.einsum('ngi,gio->ngo', x, layer.kernel.astype(layer.dtype))
+        return out + layer.bias.astype(layer.dtype).reshape(1, layer.blocks, -1)
+
+    shared = jnp.concatenate([cell.deter_in(deter), cell.stoch_in(stoch), action], -1)
+    shared = jnp.broadcast_to(shared[:, None], (len(shared), cell.blocks, shared.shape[-1]))
+    blocks = deter.reshape(len(deter), cell.blocks, -1)
+    x = product(cell.recurrent, jnp.concatenate([blocks, shared], -1))
+    x = nn.silu(cell.recurrent_norm(x.reshape(deter.shape))).reshape(blocks.shape)
+    reset, candidate, update = (
+        part.reshape(deter.shape) for part in jnp.split(product(cell.gates, x), 3, -1)
+    )
+    update = nn.sigmoid(update - 1)
+    return update * jnp.tanh(nn.sigmoid(reset) * candidate) + (1 - update) * deter
+
+
+def _critic_loss(
+    logits: Any, returns: Any, slow_value: Any, bins: Any, *, slow_scale: float
+) -> Any:
+    import jax
+
+    from dreamerv3_jax.losses import two_hot_loss
+
+    returns, slow_value = jax.lax.stop_gradient((returns, slow_value))
+    slow = two_hot_loss(logits, slow_value, bins)
+    return two_hot_loss(logits, returns, bins) + slow_scale * slow
+
+
+# name: (module, attribute, what takes its place)
+PATCHES: dict[str, tuple[str, str, Callable]] = {
+    'maximum of four slices for pooling': ('nets.encoder', 'max_pool', _window_max_pool),
+    'first convolution on space-to-depth images': ('nets.layers', 'Conv.pooled', _pooled),
+    'upsampling convolutions on the small image': ('nets.layers', 'Conv.upsampled', _upsampled),
+    'hidden layers with a backward pass of their own': (
+        'nets.layers',
+        'normalised_silu',
+        _normalised_silu,
+    ),
+    "gradients of the scan's parameters in one batch": (
+        'rssm',
+        'scan_with_batched_gradients',
+        _scan,
+    ),
+    'blocks of the recurrent model first': ('nets.rssm_cell', 'RSSMCell.sequence', _sequence),
+    'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
+}
+SETTINGS = {
+    'settings of XLA': {'XLA_FLAGS': ' '},
+    'settings of the allocator': {'MALLOC_PERTURB_': '0'},
+}
+
+
+@contextlib.contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Leaves out these optimisations of all that is traced meanwhile."""
+    import importlib
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            module, attribute, plain = PATCHES[name]
+            owner: Any = importlib.import_module(f'dreamerv3_jax.{module}')
+            *path, last = attribute.split('.')
+            for part in path:
+                owner = getattr(owner, part)
+            stack.callback(setattr, owner, last, getattr(owner, last))
+            setattr(owner, last, plain)
+        yield
+
+
+def ratio(size: str, kind: str, names: tuple[str, ...], runs: int) -> float:
+    """Seconds of an update without these optimisations, relative to one as it is."""
+    import jax
+
+    updates = []
+    for left_out in ((), names):
+        agent = measure.make_agent(size, kind)
+        state, batch = agent.init(seed=0), measure.random_batch(agent)
+        with without(*left_out):
+            agent.compile_update(16, 64)
+        updates.append([agent, jax.block_until_ready(agent.update(state, batch)[0]), batch, []])
+    for _ in range(runs):
+        for update in updates:
+            agent, state, batch, seconds = update
+            start = time.perf_counter()
+            update[1], *_ = jax.block_until_ready(agent.update(state, batch))
+            seconds.append(time.perf_counter() - start)
+    as_it_is, plain = (statistics.median(update[-1]) for update in updates)
+    return plain / as_it_is
+
+
+def _seconds(size: str, kind: str, runs: int, settings: dict[str, str]) -> float:
+    """Seconds per update in a process of its own with these environment variables."""
+    command = [sys.executable, '-m', measure.NAME, f'update {size} {kind}', f'--runs={runs}']
+    done = subprocess.run(
+        [*command, '--here'],
+        cwd=measure.ROOT,
+        env={**os.environ, **settings},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    import json
+
+    return statistics.median(json.loads(done.stdout.splitlines()[-1])['seconds'])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument('--size', default='size1m')
+    parser.add_argument('--kind', default='vectors')
+    parser.add_argument('--runs', type=int, default=7)
+    parser.add_argument('--only', default='', help='a part of the names to be measured')
+    options = parser.parse_args()
+
+    from dreamerv3_jax import startup
+
+    startup.tune_cpu()
+    print(f'Times the update takes without it, {options.size} {options.kind}:', flush=True)
+    cases = {name: (name,) for name in PATCHES} | {'all of these': tuple(PATCHES)}
+    for name, left_out in cases.items():
+        if options.only in name:
+            value = ratio(options.size, options.kind, left_out, options.runs)
+            print(f'{value:6.2f}  {name}', flush=True)
+    for name, settings in SETTINGS.items():
+        if options.only in name:
+            with_it, without_it = (
+                _seconds(options.size, options.kind, options.runs, chosen)
+                for chosen in ({}, settings)
+            )
+            print(f'{without_it / with_it:6.2f}  {name}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
