@@ -60,19 +60,6 @@ def make(
     )
 
 
-def check_renderer() -> None:
-    """Checks that MuJoCo can draw.
-
-    Raises:
-      UserError: there is no library for it.
-    """
-    if os.environ.get('MUJOCO_GL') in _NO_RENDERER:
-        raise UserError(
-            'Pictures of MuJoCo need an OpenGL library; install libegl1 or libosmesa6, and set '
-            'MUJOCO_GL to egl or osmesa.'
-        )
-
-
 class ControlTask(gymnasium.Env):
     """A task of dm_control; `image_size` 0 observes what it gives out, else only a picture."""
 
