@@ -1,5 +1,7 @@
 """Losses as functions of arrays: predictions and targets in, one float32 loss per step out."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -39,11 +41,14 @@ def discrete_loss(logits: Array, target: Array, classes: tuple[int, ...]) -> Arr
     """Cross entropy of `logits` [..., sum(classes)] with int `target` [..., n], summed -> [...]."""
     chex.assert_axis_dimension(logits, -1, sum(classes))
     chex.assert_axis_dimension(target, -1, len(classes))
-    total, start = jnp.zeros(logits.shape[:-1]), 0
-    for index, size in enumerate(classes):
-        log_probs = jax.nn.log_softmax(logits[..., start : start + size].astype(jnp.float32), -1)
-        total -= distributions.categorical_log_prob(log_probs, target[..., index])
-        start += size
+    total, start, first = jnp.zeros(logits.shape[:-1]), 0, 0
+    for size, run in itertools.groupby(classes):  # at once, for a grid has hundreds of components
+        count = len(list(run))
+        part = logits[..., start : start + count * size].astype(jnp.float32)
+        log_probs = jax.nn.log_softmax(part.reshape(*part.shape[:-1], count, size), -1)
+        index = target[..., first : first + count]
+        total -= jnp.sum(distributions.categorical_log_prob(log_probs, index), -1)
+        start, first = start + count * size, first + count
     return total
 
 

@@ -43,6 +43,20 @@ TABLE = {
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
     'dmlab': ('dmlab/rooms_watermaze', {}, 64, 4, 16, 32.0, 100_000_000, 'size200m'),
+    'memory_maze': ('memorymaze/9x9', {}, 64, 1, 16, 32.0, 100_000_000, 'size200m'),
+    'metaworld': ('metaworld/reach', {}, 0, 1, 16, 512.0, 1_000_000, 'size12m'),
+    'minigrid': (
+        'minigrid/DoorKey-8x8-v0',
+        {'vision': False},
+        *(0, 1, 16, 512.0, 1_000_000, 'size12m'),
+    ),
+    'popgym': ('popgym/RepeatPreviousEasy-v0', {}, 0, 1, 16, 512.0, 1_000_000, 'size12m'),
+    'robotics': ('robotics/FetchReach-v4', {}, 0, 1, 16, 512.0, 1_000_000, 'size12m'),
+    'vizdoom': (
+        'vizdoom/basic',
+        {'combine': False},
+        *(64, 4, 16, 256.0, 4_000_000, 'size200m'),
+    ),
     'gymnasium': ('', {}, 0, 1, 4, 256.0, 1_000_000, 'size1m'),
     'procgen': (
         'procgen/coinrun',

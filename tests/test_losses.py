@@ -84,6 +84,18 @@ def test_discrete_loss_by_hand():
     np.testing.assert_allclose(loss, [3 * LN2, LN3 + LN2], rtol=1e-6)
 
 
+def test_discrete_loss_of_equal_components_is_the_sum_of_theirs():
+    classes = (3, 3, 2, 3)
+    logits = jax.random.normal(jax.random.key(0), (5, sum(classes)))
+    target = jnp.array([[2, 0, 1, 1]] * 5)
+    parts = jnp.split(logits, [3, 6, 8], -1)
+    each = [
+        losses.discrete_loss(part, target[:, n : n + 1], classes[n : n + 1])
+        for n, part in enumerate(parts)
+    ]
+    np.testing.assert_allclose(losses.discrete_loss(logits, target, classes), sum(each), rtol=1e-6)
+
+
 def test_discrete_loss_of_certainty_is_zero():
     logits = jnp.array([[0.0, 200.0, 0.0, 0.0, 200.0]])
     assert losses.discrete_loss(logits, jnp.array([[1, 1]]), (3, 2))[0] == 0

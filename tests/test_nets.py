@@ -125,6 +125,8 @@ def test_vectors_enter_sorted_as_symlog_and_one_hot():
 def test_one_hots_by_hand():
     result = encoder_lib.one_hots(jnp.array([[2, 0], [0, 1]]), (3, 2))
     assert result.tolist() == [[0, 0, 1, 1, 0], [1, 0, 0, 0, 1]]
+    result = encoder_lib.one_hots(jnp.array([1, 0, 1, 2]), (2, 2, 2, 3))
+    assert result.tolist() == [0, 1, 1, 0, 0, 1, 0, 0, 1]
 
 
 def silu(x):

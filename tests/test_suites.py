@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import math
 import os
 import warnings
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from dreamerv3_jax import envs, presets
+from dreamerv3_jax.envs.registry import SUITES
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import resize
 
@@ -208,9 +210,10 @@ class TestControl:
 
     @pytest.fixture
     def picture(self):
-        from dreamerv3_jax.envs import dmc
+        from dreamerv3_jax.envs import mujoco
 
-        if os.environ.get('MUJOCO_GL') in dmc._NO_RENDERER:
+        mujoco.choose_renderer()
+        if os.environ.get('MUJOCO_GL') in mujoco.NO_RENDERER:
             pytest.skip('no OpenGL library')
 
     def test_specs(self):
@@ -337,11 +340,13 @@ class TestCrafter:
             assert env.render().shape == (256, 256, 3)
 
 
-@pytest.mark.parametrize('preset', ['atari', 'atari100k', 'crafter', 'dmc_proprio', 'dmc_vision'])
+@pytest.mark.parametrize(
+    'preset', [name for name in presets.names() if '/' in presets.load_config(name).env.id]
+)
 def test_presets_make_their_environments(preset):
     config = presets.load_config(preset).env
-    package = {'atari': 'ale_py', 'crafter': 'crafter', 'dmc': 'dm_control'}
-    pytest.importorskip(package[config.id.partition('/')[0]])
+    if importlib.util.find_spec(SUITES[config.id.partition('/')[0]].package) is None:
+        pytest.skip(f'{config.id} is not installed')
     config.num_envs = 1
     with envs.make(config, 0) as env:
         records = env.reset()

@@ -155,9 +155,10 @@ class TestManipulation:
 
     @pytest.fixture
     def picture(self):
-        from dreamerv3_jax.envs import dmc
+        from dreamerv3_jax.envs import mujoco
 
-        if os.environ.get('MUJOCO_GL') in dmc._NO_RENDERER:
+        mujoco.choose_renderer()
+        if os.environ.get('MUJOCO_GL') in mujoco.NO_RENDERER:
             pytest.skip('no OpenGL library')
 
     def test_specs(self):

@@ -4,31 +4,18 @@
 task gives out, or with `vision=True` only the picture of a camera.
 """
 
-import ctypes.util
 import difflib
-import os
-import sys
 from typing import Any
 
 import gymnasium
 import numpy as np
 
+from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
 from dreamerv3_jax.errors import UserError
 
-
-def _choose_renderer() -> None:
-    """Makes MuJoCo draw without a screen where there is none and the user did not choose."""
-    if sys.platform != 'linux' or 'MUJOCO_GL' in os.environ or os.environ.get('DISPLAY'):
-        return
-    libraries = {'egl': 'EGL', 'osmesa': 'OSMesa'}
-    found = [name for name, library in libraries.items() if ctypes.util.find_library(library)]
-    os.environ['MUJOCO_GL'] = found[0] if found else 'disabled'
-
-
-_choose_renderer()  # dm_control reads it when it is imported, and else looks for a screen first
+choose_renderer()
 from dm_control import suite  # noqa: E402
 
-_NO_RENDERER = ('off', 'disable', 'disabled', 'false', '0')  # values of MUJOCO_GL
 _CAMERAS = {'quadruped': 2}  # the others show their task best from camera 0
 
 
@@ -71,19 +58,6 @@ def make(
         camera=camera if camera >= 0 else _CAMERAS.get(domain, 0),
         render_mode=render_mode,
     )
-
-
-def check_renderer() -> None:
-    """Checks that MuJoCo can draw.
-
-    Raises:
-      UserError: there is no library for it.
-    """
-    if os.environ.get('MUJOCO_GL') in _NO_RENDERER:
-        raise UserError(
-            'Pictures of MuJoCo need an OpenGL library; install libegl1 or libosmesa6, and set '
-            'MUJOCO_GL to egl or osmesa.'
-        )
 
 
 class ControlTask(gymnasium.Env):

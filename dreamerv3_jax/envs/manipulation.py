@@ -9,7 +9,7 @@ import difflib
 
 import gymnasium
 
-from dreamerv3_jax.envs import dmc  # chooses the renderer, before dm_control is imported
+from dreamerv3_jax.envs import dmc, mujoco  # dmc before dm_control: chooses the renderer
 
 # isort: split
 from dm_control import manipulation
@@ -47,7 +47,7 @@ def make(
         kind = ' from pictures' if vision else ''
         raise UserError(f'There is no manipulation task {name!r}{kind}; {hint}')
     if vision or render_mode:
-        dmc.check_renderer()
+        mujoco.check_renderer()
     env = manipulation.load(name + suffix)
     if vision:
         picture = env.task.task_observables[_CAMERA]

@@ -100,6 +100,36 @@ SUITES = {
     'procgen': Suite(
         'ProcGen', 'procgen', 'envpool', _pip('procgen'), ('coinrun', 'starpilot'), vector=True
     ),
+    'minigrid': Suite(
+        'Minigrid and BabyAI',
+        'minigrid',
+        'minigrid',
+        _pip('minigrid'),
+        ('Empty-5x5-v0', 'BabyAI-GoToLocal-v0'),
+    ),
+    'popgym': Suite(
+        'POPGym',
+        'popgym',
+        'popgym',
+        _pip('popgym'),
+        ('RepeatPreviousEasy-v0', 'PositionOnlyPendulumEasy-v0'),
+    ),
+    'memorymaze': Suite(
+        'Memory Maze', 'memory_maze', 'memory_maze', _pip('memorymaze'), ('9x9', '15x15')
+    ),
+    'metaworld': Suite(
+        'Meta-World', 'metaworld', 'metaworld', _pip('metaworld'), ('reach', 'drawer-open')
+    ),
+    'robotics': Suite(
+        'Gymnasium-Robotics',
+        'robotics',
+        'gymnasium_robotics',
+        _pip('robotics'),
+        ('FetchReach-v4', 'PointMaze_UMaze-v3'),
+    ),
+    'vizdoom': Suite(
+        'ViZDoom', 'vizdoom', 'vizdoom', _pip('vizdoom'), ('basic', 'health_gathering')
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """Encoder: turns an observation into the tokens that the posterior sees (paper, "World model")."""
 
+import itertools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -21,7 +22,12 @@ def flat_size(spec: ArraySpec) -> int:
 
 def one_hots(index: Array, classes: tuple[int, ...]) -> Array:
     """Concatenated one-hot codes of components: [..., n] int -> [..., sum(classes)] float32."""
-    parts = [jax.nn.one_hot(index[..., n], size) for n, size in enumerate(classes)]
+    parts, first = [], 0
+    for size, run in itertools.groupby(classes):  # at once, for a grid has hundreds of components
+        count = len(list(run))
+        codes = jax.nn.one_hot(index[..., first : first + count], size)
+        parts.append(codes.reshape(*codes.shape[:-2], count * size))
+        first += count
     return jnp.concatenate(parts, -1)
 
 
