@@ -51,11 +51,16 @@ GYMNASIUM = [
 SPECIAL = [
     Case('atari/pong', repeat=20),
     Case('craftax/classic', {'length': 61}, limit=61, dies=False, marks=MEDIUM),
-    Case('crafter/reward', {'length': 61}, limit=61, dies=False, marks=MEDIUM),
+    Case('crafter/reward', {'length': 61}, limit=61, marks=MEDIUM),
     Case('dmc/walker_walk', repeat=10, limit=100, dies=False),
     Case('dmc/cartpole_balance', {'vision': True}, repeat=20, limit=50, dies=False, marks=MEDIUM),
     Case('manipulation/reach_site', repeat=4, limit=63, dies=False),
+    Case('memorymaze/9x9', repeat=10, limit=100, dies=False, marks=(pytest.mark.slow,)),
+    Case('metaworld/reach', repeat=10, limit=50, dies=False),
+    Case('minigrid/Empty-Random-6x6-v0', limit=144),
     Case('procgen/starpilot'),
+    Case('robotics/FetchReach-v4', limit=50, dies=False),
+    Case('vizdoom/basic', repeat=4, limit=75),
 ]
 PLAIN = [
     Case(f'{prefix}/{suite.examples[0]}')
@@ -196,7 +201,8 @@ def test_action_repeat(case):
             assert records.is_terminal == frame.is_terminal
             for name, values in records.observation.items():
                 # Where an episode ends early in a repeat, Atari has no two frames of it to pool.
-                if not records.is_last:
+                # ViZDoom's weapon looks another way where the frames between were not drawn.
+                if not records.is_last and not case.id.startswith('vizdoom/'):
                     np.testing.assert_array_equal(values, frame.observation[name])
             actions = random_actions(repeated, rng)
             ended = records.is_last[0]
