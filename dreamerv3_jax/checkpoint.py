@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import traceback
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +56,12 @@ class _ArrayFiles(ocp.CheckpointHandler):
     def save(self, directory: Any, args: '_ArrayArgs') -> None:
         """Writes the arrays, which may be views of any layout."""
         for name, array in args.arrays.items():
-            np.save(directory / f'{quote(name, safe="")}.npy', array, allow_pickle=False)
+            try:
+                np.save(directory / f'{quote(name, safe="")}.npy', array, allow_pickle=False)
+            except OSError as error:
+                if error.errno is None:  # numpy wrote less than it should and does not say why
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
 
     def restore(self, directory: Any, args: '_ArrayArgs | None' = None) -> dict[str, np.ndarray]:
         """Maps the files; they are read where they are looked at."""
@@ -105,6 +114,9 @@ class Checkpointer:
                 self._manager.wait_until_finished()
             _write_checksums(self._folder / str(step))
         except (OSError, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', RuntimeWarning)  # of coroutines that orbax leaves
+                traceback.clear_frames(error.__traceback__)
             text = _one_line(error)
             kind = NoRoom if re.search('no space left|quota', text, re.IGNORECASE) else UserError
             raise kind(f'Cannot write the checkpoint {self._folder / str(step)}: {text}') from error
@@ -143,19 +155,37 @@ class Checkpointer:
         self._manager.close()
 
     def _newest(self, abstract: TrainState, *, with_replay: bool) -> tuple[int, Saved]:
-        """Returns the step and the contents of the newest checkpoint that can be read."""
-        reason = ''
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        """Returns the step and the contents of the newest checkpoint that can be read.
+
+        One without checksums, of a run that was killed as it wrote them, cannot be told from a
+        damaged one: it is taken only where there is no other.
+        """
+
+        def complete(step: int) -> bool:
+            return (self._folder / str(step) / CHECKSUMS).exists()
+
+        def warn(step: int, text: str) -> None:
+            logging.getLogger(__name__).warning(
+                'The checkpoint %s %s', self._folder / str(step), text
+            )
+
+        reason, steps = '', sorted(self._manager.all_steps(), reverse=True)
+        for step in sorted(steps, key=complete, reverse=True):
             try:
                 with _silence():
-                    return step, self._read(step, abstract, with_replay)
-            except (KeyError, OSError, TypeError, ValueError) as error:  # by what is damaged
+                    saved = self._read(step, abstract, with_replay)
+            except (MemoryError, UserError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # of many kinds, by what is damaged
                 reason = _one_line(error)
-                logging.getLogger(__name__).warning(
-                    'The checkpoint %s is damaged and was passed over: %s',
-                    self._folder / str(step),
-                    reason,
-                )
+                warn(step, f'is damaged and was passed over: {reason}')
+                continue
+            for other in steps:
+                if other > step and not complete(other):
+                    warn(other, f'has no {CHECKSUMS} and was passed over.')
+            if not complete(step):
+                warn(step, f'has no {CHECKSUMS} and was taken unchecked.')
+            return step, saved
         raise UserError(
             f'{self._folder} holds no checkpoint that can be read ({reason or "it is empty"}); '
             'move the folder of the run away to start anew.'
@@ -209,7 +239,10 @@ def _write_checksums(folder: Path) -> None:
 
 def _check_checksums(folder: Path, with_replay: bool) -> None:
     path = folder / CHECKSUMS
-    sums = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        sums = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f'{CHECKSUMS} is not as it was written.') from error
     for name, expected in sums.items():
         if (with_replay or not name.startswith('replay/')) and _checksum(folder / name) != expected:
             raise ValueError(f'{name} is not as it was written.')

@@ -249,7 +249,7 @@ def _check_video(path: Path | None) -> None:
 def _existing_run(name: str) -> Path:
     if not name:
         raise UserError(f'Name the run folder, as in {_PROGRAM} evaluate runs/quickstart-...')
-    folder = Path(name).expanduser()
+    folder = settings.path_of(name)
     if folder.is_dir():
         return folder
     others = [path for path in folder.parent.glob('*') if path.is_dir()]

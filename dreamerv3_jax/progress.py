@@ -148,7 +148,11 @@ class ProgressLine:
     def _write(self, text: str) -> None:
         # A run goes on where nobody reads any more, or where the disk of a log is full.
         with contextlib.suppress(OSError):
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeError:  # of an environment, say, in a terminal of another language
+                coding = self._stream.encoding
+                self._stream.write(text.encode(coding, 'backslashreplace').decode(coding))
             self._stream.flush()
 
     def _draw(self) -> None:

@@ -1,6 +1,7 @@
 """Changes settings from the command line and checks them before anything starts."""
 
 import ast
+import contextlib
 import difflib
 import math
 import re
@@ -111,9 +112,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def run_folder(config: ml_collections.ConfigDict, preset: str) -> Path:
     """Returns where a run is kept: by default where the same command would look for it again."""
     if config.logdir:
-        return Path(config.logdir).expanduser()
+        return path_of(config.logdir)
     environment = re.sub(r'[^\w.-]+', '_', config.env.id)
     return Path('runs') / f'{preset}-{environment}-{config.size}-seed{config.seed}'
+
+
+def path_of(name: str) -> Path:
+    """Returns the path that a user wrote, `~` resolved.
+
+    Raises:
+      UserError: there can be no such path.
+    """
+    try:
+        path = Path(name).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or str(error).rstrip('.')
+        raise UserError(f'{name!r} is no path that can be used: {reason}.') from error
+    return path
 
 
 def _check_ranges(fields: dict[str, Any]) -> None:

@@ -55,15 +55,17 @@ def shared_agents(monkeypatch):
 
 
 class SmallDisk:
-    """A file system of 3 MB that can be filled to the last byte."""
+    """A file system of 3 MB that can be filled, to the last byte or with some pages left."""
 
     def __init__(self, folder):
         self.folder = folder
 
-    def fill(self):
-        with contextlib.suppress(OSError), (self.folder / 'big').open('wb', 0) as file:
-            while file.write(bytes(4096)):
-                pass
+    def fill(self, pages_left=0):
+        with (self.folder / 'big').open('wb', 0) as file:
+            with contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            file.truncate(file.tell() - 4096 * pages_left)
 
     def empty(self):
         (self.folder / 'big').unlink()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamerv3_jax import checkpoint, sharding
-from dreamerv3_jax.checkpoint import Checkpointer, Saved, abstract_state, latest_step
+from dreamerv3_jax.checkpoint import Checkpointer, NoRoom, Saved, abstract_state, latest_step
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.normalization import init_return_percentiles
 from dreamerv3_jax.train_state import TrainState
@@ -177,10 +177,22 @@ def test_too_little_memory_is_no_damage(error, folder, monkeypatch):
     assert latest_step(folder) == 20
 
 
-def test_a_checkpoint_without_checksums_is_taken(folder, caplog):
+def test_a_checkpoint_without_checksums_is_taken_only_in_need(folder, caplog):
     """As a process leaves it that is killed just before it writes them."""
-    (folder / '20' / 'checksums.json').unlink()
-    assert read(folder).counters['ticks'] == 20 and not caplog.records
+    for step in ('20', '10'):
+        (folder / step / 'checksums.json').unlink()
+        assert read(folder).counters['ticks'] == 10
+    passed_over, unchecked = (record.getMessage() for record in caplog.records)
+    assert passed_over == f'The checkpoint {folder}/20 has no checksums.json and was passed over.'
+    assert unchecked == f'The checkpoint {folder}/10 has no checksums.json and was taken unchecked.'
+
+
+def test_an_unchecked_checkpoint_that_is_damaged_is_no_traceback(folder, caplog):
+    for step in ('10', '20'):
+        (folder / step / 'checksums.json').unlink()
+    (folder / '20' / 'state' / 'array_metadatas' / 'process_0').write_text('1')
+    assert read(folder).counters['ticks'] == 10
+    assert 'is damaged and was passed over' in caplog.records[0].getMessage()
 
 
 def test_a_step_before_the_newest_is_refused(folder):
@@ -220,6 +232,24 @@ def test_no_room(folder, capfd):
         checkpointer.save(30, make_saved(30))
     checkpointer.close()
     assert capfd.readouterr().err == ''
+
+
+@pytest.mark.parametrize('pages_left', [0, 25, 40, 60, 80])
+def test_room_for_some_of_it(pages_left, small_disk, capfd):
+    """As a replay is much larger than all else, a disk is rarely full to the last byte."""
+    saved = make_saved(10)
+    saved.replay['arrays']['data/large'] = np.zeros((1000, 1000), np.uint8)  # 245 pages
+    checkpointer = Checkpointer(small_disk.folder / 'checkpoints')
+    checkpointer.save(10, saved)
+    small_disk.fill(pages_left)
+    with pytest.raises(NoRoom, match='No space left on device'):
+        checkpointer.save(20, saved)
+    small_disk.empty()
+    checkpointer.save(30, saved)
+    checkpointer.close()
+    restored = read(small_disk.folder / 'checkpoints').replay['arrays']['data/large']
+    np.testing.assert_array_equal(restored, saved.replay['arrays']['data/large'])
+    assert 'Traceback' not in capfd.readouterr().err
 
 
 def test_another_agent(folder, caplog):

@@ -122,6 +122,12 @@ def mistake(capsys, *arguments):
         ('train --config=gymnasium', 'Name the environment'),
         # Evaluation.
         ('evaluate', 'Name the run folder'),
+        ('evaluate ~nobody.here/run', "'~nobody.here/run' is no path that can be used: "),
+        ('train --config=quickstart --config.logdir=~nobody.here/run', 'Could not determine home'),
+        (
+            f'train --config=quickstart --config.logdir={"x" * 300}',
+            'can be used: File name too long.',
+        ),
         ('evaluate rnu', 'There is no run folder rnu; did you mean run?'),
         ('evaluate run/deeper', 'There is no run folder run/deeper.'),
         ('evaluate run more', "'more' is one argument too many"),

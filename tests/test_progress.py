@@ -391,3 +391,9 @@ def test_nobody_reads(terminal_environment):
         progress.update(0, 0, {})
         progress.message('saved')
         progress.close()
+
+
+def test_what_cannot_be_encoded_is_written_otherwise(terminal_environment):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding='latin-1', errors='strict')
+    ProgressLine(1000, stream=stream).message('caf\xe9 \u2713 \udc80')
+    assert stream.buffer.getvalue().strip() == b'caf\xe9 \\u2713 \\udc80'
