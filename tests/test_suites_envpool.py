@@ -262,6 +262,7 @@ class TestCraftax:
             assert env._env._step_all._cache_size() == 1
             assert env._env._restart._cache_size() == 1
 
+    @pytest.mark.slow
     def test_death_terminates(self):
         with make_pool('craftax/classic', num_envs=8, kwargs={'length': 10_000}) as env:
             assert check_contract(env, 500) == {'terminated'}
