@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import io
 import json
 import logging
 import os
 import re
 import shutil
+import sys
+import threading
+import time
 import traceback
 import warnings
 import zlib
@@ -21,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dreamerv3_jax import durable
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.train_state import TrainState
 
@@ -106,6 +111,7 @@ class Checkpointer:
         if saved.replay is not None and all(x.size for x in saved.replay['arrays'].values()):
             items['replay'] = _ArrayArgs(saved.replay['arrays'])
             counters['replay'] = saved.replay['metadata']
+            counters['arrays'] = _layout(saved.replay['arrays'])
         items['counters'] = ocp.args.JsonSave(counters)
         try:
             with _silence():
@@ -114,11 +120,8 @@ class Checkpointer:
                 self._manager.wait_until_finished()
             _write_checksums(self._folder / str(step))
         except (OSError, ValueError) as error:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore', RuntimeWarning)  # of coroutines that orbax leaves
-                traceback.clear_frames(error.__traceback__)
-            text = _one_line(error)
-            kind = NoRoom if re.search('no space left|quota', text, re.IGNORECASE) else UserError
+            full = re.search('no space left on device|quota exceeded', str(error), re.IGNORECASE)
+            kind, text = (NoRoom, full.group()) if full else (UserError, _one_line(error))
             raise kind(f'Cannot write the checkpoint {self._folder / str(step)}: {text}') from error
         finally:
             for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run
@@ -172,6 +175,7 @@ class Checkpointer:
         reason, steps = '', sorted(self._manager.all_steps(), reverse=True)
         for step in sorted(steps, key=complete, reverse=True):
             try:
+                _check_checksums(self._folder / str(step), with_replay)
                 with _silence():
                     saved = self._read(step, abstract, with_replay)
             except (MemoryError, UserError, jax.errors.JaxRuntimeError):
@@ -192,8 +196,6 @@ class Checkpointer:
         )
 
     def _read(self, step: int, abstract: TrainState, with_replay: bool) -> Saved:
-        _check_checksums(self._folder / str(step), with_replay)
-
         def read(**items: Any) -> Any:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
@@ -206,9 +208,12 @@ class Checkpointer:
                     f'The checkpoint {self._folder / str(step)} is of another agent: {name} is '
                     f'{theirs.get(name, "absent")} there and {ours.get(name, "absent")} here.'
                 )
-        metadata, replay = counters.pop('replay', None), None
+        metadata, layout = counters.pop('replay', None), counters.pop('arrays', None)
+        replay = None
         if with_replay and metadata is not None:
             replay = {'arrays': read(replay=_ArrayArgs())['replay'], 'metadata': metadata}
+            if _layout(replay['arrays']) != layout:  # where there are no checksums
+                raise ValueError('the replay is not as it was written.')
         return Saved(read(state=ocp.args.StandardRestore(abstract))['state'], replay, counters)
 
 
@@ -219,9 +224,9 @@ def abstract_state(state: Any) -> Any:
     )
 
 
-def _layout(state: TrainState) -> dict[str, str]:
+def _layout(arrays: Any) -> dict[str, str]:
     """Dtype and shape of every array by name."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
     return {
         jax.tree_util.keystr(path, simple=True, separator='/'): f'{x.dtype}{list(x.shape)}'
         for path, x in leaves
@@ -231,21 +236,29 @@ def _layout(state: TrainState) -> dict[str, str]:
 def _write_checksums(folder: Path) -> None:
     # A process that is killed before this leaves a checkpoint that is complete, but not checked.
     files = [path for path in sorted(folder.rglob('*')) if path.is_file()]
+    for path in [*files, *folder.rglob('*/'), folder.parent]:
+        durable.sync(path)
     sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
-    draft = folder / f'{CHECKSUMS}.draft'
-    draft.write_text(json.dumps(sums, indent=2) + '\n')
-    draft.replace(folder / CHECKSUMS)
+    durable.write(folder / CHECKSUMS, json.dumps([sums, _checksum_of(sums)], indent=2) + '\n')
 
 
 def _check_checksums(folder: Path, with_replay: bool) -> None:
     path = folder / CHECKSUMS
+    if not path.exists():
+        return
     try:
-        sums = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f'{CHECKSUMS} is not as it was written.') from error
+        sums, own = json.loads(path.read_text())
+    except ValueError:
+        sums = own = None
+    if own != _checksum_of(sums):
+        raise ValueError(f'{CHECKSUMS} is not as it was written.')
     for name, expected in sums.items():
         if (with_replay or not name.startswith('replay/')) and _checksum(folder / name) != expected:
             raise ValueError(f'{name} is not as it was written.')
+
+
+def _checksum_of(sums: Any) -> int:
+    return zlib.crc32(json.dumps(sums).encode())
 
 
 def _checksum(path: Path) -> int:
@@ -264,11 +277,26 @@ def _one_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Hides what orbax and its threads print about what went wrong; it raises as well."""
-    logger = logging.getLogger('absl')
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ('absl', 'asyncio')]
+    levels = [logger.level for logger in loggers]
+    threads, hook = set(threading.enumerate()), sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            try:
+                yield
+            except Exception as error:
+                # Here ends what would end, and print, later.
+                warnings.simplefilter('ignore', RuntimeWarning)  # of coroutines left alone
+                time.sleep(0.5)
+                for thread in set(threading.enumerate()) - threads:
+                    thread.join(5)
+                traceback.clear_frames(error.__traceback__)
+                gc.collect()
+                raise
     finally:
-        logger.setLevel(level)
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

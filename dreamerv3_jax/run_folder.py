@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from dreamerv3_jax import durable
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
@@ -104,9 +105,7 @@ def create(
     with _writing(logdir):
         _refuse_links(logdir)
         for name, text in texts.items():
-            draft = logdir / f'{name}.draft'
-            draft.write_text(text + '\n')
-            draft.replace(logdir / name)  # there is no moment without a complete file
+            durable.write(logdir / name, text + '\n')
     return lock
 
 

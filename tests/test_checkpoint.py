@@ -1,8 +1,11 @@
 """Checkpoints: what comes back, and what is done about incomplete and damaged ones."""
 
+import contextlib
 import gc
+import os
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -187,12 +190,40 @@ def test_a_checkpoint_without_checksums_is_taken_only_in_need(folder, caplog):
     assert unchecked == f'The checkpoint {folder}/10 has no checksums.json and was taken unchecked.'
 
 
-def test_an_unchecked_checkpoint_that_is_damaged_is_no_traceback(folder, caplog):
+@pytest.mark.parametrize('part', ['state', 'replay'])
+def test_an_unchecked_checkpoint_that_is_damaged_is_no_traceback(part, folder, caplog):
     for step in ('10', '20'):
         (folder / step / 'checksums.json').unlink()
-    (folder / '20' / 'state' / 'array_metadatas' / 'process_0').write_text('1')
+    if part == 'state':
+        (folder / '20' / 'state' / 'array_metadatas' / 'process_0').write_text('1')
+    else:
+        (folder / '20' / 'replay' / 'has_latent.npy').unlink()
     assert read(folder).counters['ticks'] == 10
     assert 'is damaged and was passed over' in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(('then', 'now'), [('replay/', 'rerlay/'), ('[', ''), ('1', '2')])
+def test_checksums_that_are_damaged_are_named(then, now, folder, caplog):
+    path = folder / '20' / 'checksums.json'
+    path.write_text(path.read_text().replace(then, now, 1))
+    assert read(folder).counters['ticks'] == 10
+    (record,) = caplog.records
+    assert 'passed over: checksums.json is not as it was written' in record.getMessage()
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_checksums(folder, monkeypatch):
+    """Else a loss of power leaves one that is named and checked, but empty."""
+    synced, sync = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(Path(os.readlink(f'/proc/self/fd/{descriptor}')))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    write(folder, 30)
+    *before, draft, last = synced
+    assert draft == folder / '30' / 'checksums.json.draft' and last == folder / '30'
+    assert {*before, folder / '30' / 'checksums.json'} >= {folder, *(folder / '30').rglob('*')}
 
 
 def test_a_step_before_the_newest_is_refused(folder):
@@ -250,6 +281,24 @@ def test_room_for_some_of_it(pages_left, small_disk, capfd):
     restored = read(small_disk.folder / 'checkpoints').replay['arrays']['data/large']
     np.testing.assert_array_equal(restored, saved.replay['arrays']['data/large'])
     assert 'Traceback' not in capfd.readouterr().err
+
+
+@pytest.mark.medium
+def test_any_room_that_is_too_little(small_disk, capfd):
+    """Threads of orbax and tensorstore fail at any moment, and have to be quiet about it."""
+    checkpointer = Checkpointer(small_disk.folder / 'checkpoints')
+    pages = 0
+    while latest_step(small_disk.folder / 'checkpoints') is None:
+        small_disk.fill(pages)
+        with contextlib.suppress(NoRoom):
+            checkpointer.save(10, make_saved(10))
+        small_disk.empty()
+        pages += 2
+    checkpointer.close()
+    gc.collect()
+    assert 10 < pages < 50
+    assert capfd.readouterr().err == ''
+    assert_equal(read(small_disk.folder / 'checkpoints').state, make_state(10))
 
 
 def test_another_agent(folder, caplog):

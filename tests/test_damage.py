@@ -111,6 +111,7 @@ def try_damages(folder):
             if outcome == 'before':
                 assert is_equal(found, before) and file in inside, case
                 assert len(warnings) == 1 and str(copy / last.relative_to(run)) in warnings[0], case
+                assert file.name in warnings[0], (case, warnings)
             else:
                 assert not warnings, case
         outcomes[outcome] += 1

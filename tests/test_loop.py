@@ -463,6 +463,18 @@ def test_settings_of_an_older_version(tmp_path):
     run_folder.check(tmp_path, counter_config())
 
 
+def test_settings_are_on_the_disk_when_the_run_begins(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        os, 'fsync', lambda file: synced.append(os.readlink(f'/proc/self/fd/{file}'))
+    )
+    with Trainer(counter_config(), tmp_path, 'tiny'):
+        names = [
+            f'{tmp_path}{name}' for name in ('/config.json.draft', '', '/spaces.json.draft', '')
+        ]
+        assert synced == names
+
+
 def test_changed_settings_are_damaged(tmp_path):
     with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
         trainer.save()
