@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from dreamerv3_jax import envs
 from dreamerv3_jax.envs import processes, registry, vector
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
-from dreamerv3_jax.envs.vector import InProcess, Terminated
+from dreamerv3_jax.envs.vector import InProcess
 from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.interrupts import Interrupted, Interrupts
 
 COUNTER = 'toy_envs:Counter'
 ZEROS = {'action': np.zeros((1, 1), np.int32)}  # for any number of environments
@@ -375,11 +377,12 @@ def test_workers_end_with_their_parent():
         time.sleep(0.05)
 
 
-def test_a_worker_that_hangs_ends_with_its_parent(tmp_path):
+@pytest.mark.parametrize('failure', ['hang', 'hang in C'])
+def test_a_worker_that_hangs_ends_with_its_parent(failure, tmp_path):
     code = (
         'import os, sys, time, test_envs\n'
         'from dreamerv3_jax.envs.processes import Processes\n'
-        'kwargs = dict(fail_at=1, failure="hang", length=9, once=sys.argv[1])\n'
+        'kwargs = dict(fail_at=1, failure=sys.argv[2], length=9, once=sys.argv[1])\n'
         'env = test_envs.make(vectorization="async", num_envs=1, kwargs=kwargs)\n'
         'env.reset()\n'
         'env._actions["action"][:] = 0\n'
@@ -390,7 +393,7 @@ def test_a_worker_that_hangs_ends_with_its_parent(tmp_path):
     )
     here = Path(__file__).parent
     result = subprocess.run(
-        [sys.executable, '-c', code, str(tmp_path / 'hung')],
+        [sys.executable, '-c', code, str(tmp_path / 'hung'), failure],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(here.parent), str(here)])},
         stdout=subprocess.PIPE,
         text=True,
@@ -407,6 +410,33 @@ def _runs(pid):
         return b'multiprocessing' in Path(f'/proc/{pid}/cmdline').read_bytes()
     except OSError:
         return False
+
+
+def test_workers_that_start_ignore_interrupts():
+    code = (
+        'import os, signal, time, test_envs\n'
+        'from dreamerv3_jax.envs import processes\n'
+        'start = processes._start\n'
+        'def start_and_interrupt(*arguments):\n'
+        '    connection, worker = start(*arguments)\n'
+        '    for _ in range(10):\n'
+        '        os.kill(worker.pid, signal.SIGINT)\n'
+        '        time.sleep(0.01)\n'
+        '    return connection, worker\n'
+        'processes._start = start_and_interrupt\n'
+        'with test_envs.make(vectorization="async") as env:\n'
+        '    assert env.reset().is_first.all()\n'
+        'os.kill(os.getpid(), signal.SIGINT)\n'  # the mask is no longer there
+    )
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(here.parent), str(here)])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stderr.count('Traceback') == 1 and result.returncode == -signal.SIGINT
 
 
 def test_workers_keep_off_the_accelerator_and_ignore_interrupts(monkeypatch):
@@ -590,31 +620,43 @@ def test_one_killed_worker_of_sixteen_does_not_stop_the_others():
 
 
 def test_killed_workers():
-    """The kernel kills with SIGKILL what takes too much memory; SIGTERM ends the whole run."""
+    """The kernel kills with SIGKILL what takes too much memory."""
     with make(vectorization='async', kwargs={'length': 9}) as env:
         env.reset()
-        env.step(ZEROS)
-        os.kill(env._workers[1].pid, signal.SIGKILL)
-        records, _ = env.step(ZEROS)
-        assert records.is_first.tolist() == [False, True]
-        os.kill(env._workers[0].pid, signal.SIGTERM)
-        with pytest.raises(Terminated, match='Environment 0 .* died: .* exit code -15'):
+        for row, number in ((1, signal.SIGKILL), (0, signal.SIGTERM)):
             env.step(ZEROS)
+            os.kill(env._workers[row].pid, number)
+            records, _ = env.step(ZEROS)
+            assert records.is_first.tolist() == [row == 0, row == 1]
+            assert f'Environment {row} of toy_envs:Counter died: its process' in env.messages[-1]
+            assert f'exit code {-number};' in env.messages[-1]
 
 
-def test_termination_while_another_environment_is_built(monkeypatch):
-    with make(vectorization='async', kwargs={'length': 9, 'fail_at': 1}) as env:
+@pytest.mark.parametrize('built', [False, True])
+def test_termination_of_all_processes_ends_the_run(built, monkeypatch):
+    """An environment gets the signal before who trains does, in a step or while it is built."""
+    kwargs = {'length': 9, 'fail_at': 1} if built else {'length': 9}
+    with make(vectorization='async', kwargs=kwargs) as env:
         env.reset()
         start = processes._start
 
+        def terminate(worker):
+            worker.terminate()
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
         def start_and_terminate(settings, row):
             connection, worker = start(settings, row)
-            worker.terminate()
+            terminate(worker)
             return connection, worker
 
         monkeypatch.setattr(processes, '_start', start_and_terminate)
-        with pytest.raises(Terminated):
-            env.step(ZEROS)
+        interrupts = Interrupts(lambda: None)
+        with interrupts.collected():
+            if not built:
+                terminate(env._workers[1])
+            with pytest.raises(Interrupted), interrupts.raised():
+                env.step(ZEROS)
+        assert env.pop_restarts() == built
 
 
 def test_every_life_has_its_own_seed(monkeypatch):

@@ -1,5 +1,6 @@
 """Small environments whose every number is known, importable by worker processes."""
 
+import ctypes
 import itertools
 import math
 import os
@@ -63,6 +64,8 @@ class Counter(gymnasium.Env):
                 os._exit(7)
             if self._failure == 'hang':
                 time.sleep(1000)
+            if self._failure == 'hang in C':
+                ctypes.PyDLL(None).sleep(1000)  # no other thread of Python runs
             if self._failure == 'quit':
                 sys.exit(3)
             if self._failure != 'raise':

@@ -1,6 +1,7 @@
 """Environments in one process each, which exchange arrays through shared memory."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,7 @@ import time
 import traceback
 import types
 from collections.abc import Iterator, Sequence
-from multiprocessing import reduction
+from multiprocessing import reduction, resource_tracker
 from multiprocessing.connection import Connection
 from typing import IO, Any, NamedTuple
 
@@ -21,7 +22,6 @@ from dreamerv3_jax.envs.registry import Settings
 from dreamerv3_jax.envs.stream import Ending, Records, Stream, empty_actions, empty_records
 from dreamerv3_jax.envs.vector import (
     Restartable,
-    Terminated,
     different_spaces,
     failure,
     open_stream,
@@ -30,6 +30,7 @@ from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
 
 _SHUTDOWN_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 MOST_PATIENCE = 1e6  # seconds, more than which the system does not wait
 
 # Workers leave the accelerator, the other workers' cores and the trainer's kept programs alone.
@@ -141,14 +142,12 @@ class Processes(Restartable):
                 return self._connections[row].recv()
         except (EOFError, OSError):
             worker.join(_SHUTDOWN_SECONDS)
-            text = (
+            if worker.exitcode == -signal.SIGTERM:
+                time.sleep(0.5)  # perhaps all are told to end, and who trains is interrupted here
+            return UserError(
                 f'{which} died: its process ended with exit code {worker.exitcode}; '
                 "try env.vectorization='sync' to see why."
             )
-            if worker.exitcode == -signal.SIGTERM:
-                self.close()
-                raise Terminated(text) from None
-            return UserError(text)
         worker.kill()
         return UserError(
             f'{which} did not answer for {self._settings.timeout:g} seconds (env.timeout).'
@@ -160,8 +159,9 @@ def _start(settings: Settings, row: int) -> tuple[Connection, Any]:
     context = multiprocessing.get_context('spawn')
     ours, theirs = context.Pipe()
     with _worker_surroundings():
+        tied = threading.current_thread() is threading.main_thread()
         worker = context.Process(
-            target=_work, args=(theirs, settings, row), name=f'env-{row}', daemon=True
+            target=_work, args=(theirs, settings, row, tied), name=f'env-{row}', daemon=True
         )
         worker.start()
     theirs.close()
@@ -178,10 +178,13 @@ def _stop(workers: Sequence[Any]) -> None:
             worker.join()
 
 
-def _work(connection: Connection, settings: Settings, index: int) -> None:
+def _work(connection: Connection, settings: Settings, index: int, tied: bool) -> None:
     """Runs one environment until told to close, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    _mask_interrupts('SIG_UNBLOCK')
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if tied:
+        _ask_for_the_end()
     stream: Stream | None = None
     try:
         stream = open_stream(settings, index)
@@ -220,16 +223,41 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _ask_for_the_end() -> None:
+    """Lets Linux end this process after its parent: while an environment hangs with the
+    interpreter's lock, no thread of Python can.
+
+    Linux waits for the end of the thread that started this process, so it has to be the main one.
+    """
+    if sys.platform == 'linux':
+        library = ctypes.CDLL(None)
+        # A handler gets the number of the signal, which `alarm` takes for the seconds to be left.
+        library.signal(signal.SIGUSR1, library.alarm)
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+        parent = multiprocessing.parent_process()
+        if parent is None or parent.pid != os.getppid():  # it ended before that
+            sys.exit(1)
+
+
+def _mask_interrupts(how: str) -> None:
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(getattr(signal, how), [signal.SIGINT])
+
+
 @contextlib.contextmanager
 def _worker_surroundings() -> Iterator[None]:
     """Sets what spawned workers inherit.
 
+    Ctrl-C is not for them, also while they start.
     They need nothing of the user's main script: running it again in each of them would import JAX,
     or even start the training anew where the script has no `__name__` guard.
     """
     main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
     before = {name: os.environ.get(name) for name in _WORKER_VARIABLES}
     os.environ.update(_WORKER_VARIABLES)
+    if os.name == 'posix':
+        resource_tracker.ensure_running()  # it would take the mask away as it starts
+    _mask_interrupts('SIG_BLOCK')
     try:
         yield
     finally:
@@ -239,6 +267,7 @@ def _worker_surroundings() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+        _mask_interrupts('SIG_UNBLOCK')  # last, as it may raise one
 
 
 def _shared_file(size: int) -> IO[bytes]:

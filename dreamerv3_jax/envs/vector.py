@@ -128,10 +128,6 @@ class VectorEnvironment(abc.ABC):
             self._logs.setdefault(name, []).append(value)
 
 
-class Terminated(UserError):
-    """A worker was told to end, as all processes are when a machine is taken away."""
-
-
 class Restartable(VectorEnvironment):
     """Environments of which each is built again when it fails, while the others go on.
 
@@ -190,7 +186,7 @@ class Restartable(VectorEnvironment):
             try:
                 self._rebuild(row, self._reseeded(row))
                 answer = self._run('reset', [row])[row]
-            except (KeyboardInterrupt, Terminated):
+            except KeyboardInterrupt:
                 raise
             except BaseException as again:  # as in `InProcess._run`
                 answer = failure(self._id, row, again)
