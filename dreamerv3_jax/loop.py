@@ -86,11 +86,11 @@ class Trainer:
         if lock:
             opened.callback(lock.close)
         resumed = checkpoint.latest_step(logdir / 'checkpoints')
-        if resumed is not None:  # else nothing is lost
+        if resumed is None:
+            run_folder.check_nothing_lost(logdir)
+        else:
             run_folder.check(logdir, config)
-        # Each start seeds its environments anew, or it would play the first episodes once more.
-        seed = run_folder.derived_seed(config.seed, resumed or 0)
-        self._env = opened.enter_context(envs.make(config.env, seed))
+        self._make_env(resumed or 0)
         observation_specs, action_specs = self._env.observation_specs, self._env.action_specs
         if resumed is not None:
             run_folder.check_spaces(logdir, observation_specs, action_specs)
@@ -122,6 +122,9 @@ class Trainer:
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         if resumed is not None:
             self._restore()
+            if self.counters['ticks'] != resumed:  # a damaged checkpoint was passed over
+                self._env.close()
+                self._make_env(self.counters['ticks'])
         self._progress.episodes = self.counters['episodes']
         self._writer = opened.enter_context(
             contextlib.closing(MetricWriter(logdir, resume_step=self.counters['frames']))
@@ -133,6 +136,11 @@ class Trainer:
                 f'Going on at {self.counters["frames"]:,} frames and '
                 f'{self.counters["updates"]:,} updates; the environments start new episodes.'
             )
+
+    def _make_env(self, start: int) -> None:
+        # Each start seeds its environments anew, or it would play the first episodes once more.
+        seed = run_folder.derived_seed(self._config.seed, start)
+        self._env = self._opened.enter_context(envs.make(self._config.env, seed))
 
     def _restore(self) -> None:
         saved = self._checkpointer.restore(checkpoint.abstract_state(self._state))
@@ -147,7 +155,7 @@ class Trainer:
         """Ticks until the run is complete; saves at intervals and at the end.
 
         Raises:
-          KeyboardInterrupt: after Ctrl-C, once the run is saved.
+          KeyboardInterrupt: after Ctrl-C, once the run is saved or it was told why it cannot be.
           SystemExit: likewise with code 143, after SIGTERM, which machines send before they go.
         """
         run = self._config.run
@@ -183,7 +191,12 @@ class Trainer:
                         self._try_to_save()
                     saved = now
             self.log(final=True)
-            self.save()
+            try:
+                self.save()
+            except UserError as error:
+                if not self._interrupts.received:
+                    raise
+                self._progress.message(str(error))
         self._progress.close()
         if self._interrupts.received:
             raise self._interrupts.exception()

@@ -131,6 +131,22 @@ def read_config(logdir: Path) -> ml_collections.ConfigDict:
         raise UserError(f'{path} is damaged: {error}.') from error
 
 
+def check_nothing_lost(logdir: Path) -> None:
+    """Refuses to begin a run over one whose checkpoints were taken away.
+
+    One that was stopped before its first checkpoint has the folder for it.
+
+    Raises:
+      UserError: there are metrics, but no such folder.
+    """
+    metrics, checkpoints = logdir / 'metrics.jsonl', logdir / 'checkpoints'
+    if not checkpoints.exists() and metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f'{logdir} holds a run without its {checkpoints.name}; bring them back to go on, or '
+            'move the folder away to start anew.'
+        )
+
+
 def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
     """Refuses to go on with a run under other settings.
 

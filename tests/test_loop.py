@@ -326,6 +326,20 @@ def test_a_run_without_checkpoint_starts_anew(tmp_path):
         assert tiny_runs.read_metrics(tmp_path) == [] and trainer.counters['ticks'] == 0
 
 
+def test_a_run_whose_checkpoints_were_taken_away_is_not_begun_anew(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.log()
+        trainer.save()
+    before = (tmp_path / 'metrics.jsonl').read_bytes()
+    (tmp_path / 'checkpoints').rename(tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match='holds a run without its checkpoints; bring them back to'):
+        Trainer(counter_config(), tmp_path, 'tiny')
+    assert before and (tmp_path / 'metrics.jsonl').read_bytes() == before
+    (tmp_path / 'elsewhere').rename(tmp_path / 'checkpoints')
+    with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
+        assert trainer.counters['ticks'] == 3
+
+
 def test_too_little_memory_names_smaller_sizes(tmp_path, monkeypatch):
     def tick(trainer):
         raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
@@ -351,6 +365,22 @@ def test_every_start_plays_other_episodes(tmp_path):
     assert found[1].shape[1] == 6
     np.testing.assert_array_equal(found[1][:, :3], found[0])
     assert np.all(found[1][:, 3] != found[0][:, 0])
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async', 'native'])
+def test_seeds_follow_from_the_checkpoint_that_is_taken(vectorization, tmp_path):
+    """Not from the damaged one before it: going on from there once more is the same run."""
+    config = counter_config(env__id='CartPole-v1', env__vectorization=vectorization)
+    for _ in range(2):
+        with tiny_runs.ticked(config, tmp_path, 3) as trainer:
+            trainer.save()
+    (tmp_path / 'checkpoints' / '6' / 'replay' / 'count.npy').write_bytes(b'')
+    found = []
+    for _ in range(2):
+        with tiny_runs.ticked(config, tmp_path, 3) as trainer:
+            assert trainer.counters['ticks'] == 6
+            found.append(stored(trainer)['observation/observation'])
+    np.testing.assert_array_equal(*found)
 
 
 def test_other_settings_are_refused(tmp_path):
@@ -713,6 +743,22 @@ def test_a_full_disk_costs_checkpoints_only(small_disk, capsys):
 
 
 # Ctrl-C, and SIGTERM before a machine is taken away.
+
+
+def test_termination_on_a_full_disk_has_its_exit_code(small_disk, monkeypatch, capsys):
+    tick = Trainer.tick
+
+    def tick_and_terminate(trainer):
+        tick(trainer)
+        small_disk.fill()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, 'tick', tick_and_terminate)
+    with Trainer(counter_config(), small_disk.folder / 'run', 'tiny') as trainer:
+        with pytest.raises(SystemExit) as error:
+            trainer.run()
+        assert error.value.code == 143 and trainer.counters['ticks'] == 1
+    assert 'checkpoints/1: No space left on device\n' in capsys.readouterr().out
 
 
 def flags(config, prefix='config'):
