@@ -94,11 +94,14 @@ class AgentConfig:
         Raises:
           UserError: with the setting to change.
         """
-        widths = ('deter', 'hidden', 'classes', 'depth', 'units', 'stoch', 'blocks')
         layers = [field.name for field in dataclasses.fields(self) if field.name.endswith('layers')]
-        for name in (*widths, *layers, 'imagination_length'):
-            if getattr(self, name) < 1:
-                raise UserError(f'agent.{name} must be at least 1, not {getattr(self, name)}.')
+        widths = ('deter', 'hidden', 'classes', 'depth', 'units', 'stoch', 'blocks', 'bins')
+        most = dict.fromkeys(layers, 100) | dict.fromkeys((*widths, 'imagination_length'), 100_000)
+        for name, limit in most.items():
+            value = getattr(self, name)
+            if not 1 <= value <= limit:
+                bound = 'least 1' if value < 1 else f'most {limit}'
+                raise UserError(f'agent.{name} must be at {bound}, not {value}.')
         if self.classes > 256:  # the replay keeps class indices in 8 bits
             raise UserError(f'agent.classes must be at most 256, not {self.classes}.')
         if self.discount_horizon <= 1:

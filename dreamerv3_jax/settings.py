@@ -24,6 +24,8 @@ _CHOICES = {
     'env.vectorization': ('auto', 'sync', 'async', 'native'),
     'env.autoreset': ('next_step', 'same_step'),
 }
+MOST_SEED = 2**32 - 1
+_MOST = 2**31 - 1  # JAX counts with 32 bits
 _AT_LEAST = {
     'seed': 0,
     'env.num_envs': 1,
@@ -32,6 +34,12 @@ _AT_LEAST = {
     'replay.batch_length': 2,
     'run.steps': 1,
     'mesh.fsdp': 1,
+}
+_AT_MOST = {
+    'seed': MOST_SEED,
+    'env.num_envs': 2**16,
+    'run.steps': None,
+    'replay.capacity': None,  # as there is memory
 }
 _POSITIVE = (
     'replay.train_ratio',
@@ -48,7 +56,6 @@ _SHARES = (
     'agent.slow_critic_rate',
     'agent.return_rate',
 )
-MOST_SEED = 2**32 - 1
 
 
 def override(config: ml_collections.ConfigDict, key: str, text: str | None) -> None:
@@ -105,8 +112,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     missing = sorted(set(expected) - set(fields))
     if missing:
         raise UserError(f'The settings lack {", ".join(missing)}; start from configs/base.py.')
-    _check_ranges(fields)
     AgentConfig.from_mapping(config.agent.to_dict())
+    _check_ranges(fields)
 
 
 def run_folder(config: ml_collections.ConfigDict, preset: str) -> Path:
@@ -150,9 +157,10 @@ def _check_ranges(fields: dict[str, Any]) -> None:
     for key in _SHARES:
         if not 0 <= fields[key] <= 1:
             raise UserError(f'config.{key} must be between 0 and 1, not {fields[key]}.')
-    if fields['seed'] > MOST_SEED:
-        raise UserError(f'config.seed must be at most {MOST_SEED}, not {fields["seed"]}.')
     for key, value in fields.items():
+        most = _AT_MOST.get(key, _MOST)
+        if type(value) is int and most is not None and value > most:
+            raise UserError(f'config.{key} must be at most {most}, not {value}.')
         if key.startswith('agent.') and not isinstance(value, str) and value < 0:
             raise UserError(f'config.{key} must not be negative, not {value}.')
     side = fields['env.image_size']

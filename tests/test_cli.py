@@ -1,5 +1,6 @@
 """The command line: what it accepts, and one helpful sentence for what it does not."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,13 +8,18 @@ import textwrap
 import types
 from pathlib import Path
 
+import gymnasium
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import ml_collections
 import numpy as np
 import pytest
+import tiny_runs
 
 import dreamerv3_jax
 from dreamerv3_jax import cli, env_report, settings
+from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.envs import registry
 from dreamerv3_jax.envs.registry import Suite
 from dreamerv3_jax.errors import UserError
@@ -113,6 +119,13 @@ def mistake(capsys, *arguments):
         ('train --config=quickstart --config.env.vectorization=asink', "mean 'async'?"),
         ('train --config=quickstart --config.agent.deter=100', 'multiples of agent.blocks'),
         ('train --config=quickstart --config.agent.actor_layers=0', 'must be at least 1, not 0.'),
+        ('train --config=quickstart --config.agent.actor_layers=1e3', 'must be at most 100, not'),
+        ('train --config=quickstart --config.agent.units=1e22', 'must be at most 100000, not 1'),
+        ('train --config=quickstart --config.agent.warmup_updates=1e10', 'at most 2147483647, not'),
+        (
+            'train --config=quickstart --config.env.num_envs=1e6',
+            'must be at most 65536, not 1000000.',
+        ),
         ('train --config=quickstart --config.agent.classes=257', 'at most 256, not 257.'),
         ('train --config=quickstart --config.agent.discount_horizon=1', 'above 1, not 1.0.'),
         ('train --config=quickstart --config.agent.momentum=1', 'from 0 to below 1, not 1.0.'),
@@ -172,6 +185,19 @@ VALUES = (
 CHANGE = st.tuples(KEYS | st.text(max_size=12), VALUES | st.none())
 
 
+@functools.cache
+def spaces():
+    return tiny_runs.specs(gymnasium.spaces.Box(-1, 1, (4,)), gymnasium.spaces.Discrete(2))
+
+
+def check_shapes(values, checked=[]):  # noqa: B006
+    """Builds the parameters of accepted settings, as shapes; memory is another matter."""
+    if values not in checked:
+        checked.append(values)
+        agent = Agent(*spaces(), ml_collections.ConfigDict(values))
+        jax.jit(lambda: agent.init(0)).lower()
+
+
 @hypothesis.settings(
     max_examples=1000,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
@@ -189,6 +215,8 @@ def test_any_change_is_accepted_or_answered(preset, changes, capsys, folder, tra
     code = cli.main(arguments)
     captured = capsys.readouterr()
     assert (code, len(trained)) in ((0, 1), (2, 0)), arguments
+    if trained:
+        check_shapes(trained[0][0].agent.to_dict())
     if code:
         assert captured.out == ''
         assert captured.err.startswith('dreamerv3-jax: ') and captured.err.count('\n') == 1
