@@ -7,6 +7,7 @@ and mistakes are answered at once and a mistake leaves nothing behind.
 import argparse
 import difflib
 import importlib.metadata
+import io
 import os
 import signal
 import sys
@@ -122,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: with code 143, after SIGTERM; the run was saved.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it cannot encode every sign in every language
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

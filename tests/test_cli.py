@@ -1,6 +1,7 @@
 """The command line: what it accepts, and one helpful sentence for what it does not."""
 
 import functools
+import io
 import os
 import subprocess
 import sys
@@ -383,6 +384,14 @@ def test_evaluate_prints_the_score(evaluated, capsys, folder):
     )
     reports[1](1, 2.5, 7)
     assert capsys.readouterr().out == 'episode 1/2: return 2.50, length 7\n'
+
+
+def test_evaluate_prints_the_score_in_any_language(evaluated, monkeypatch, folder):
+    (folder / 'run').mkdir()
+    stream = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    monkeypatch.setattr(sys, 'stdout', stream)
+    assert cli.main(['evaluate', 'run']) == 0
+    assert b'mean return 3.00 \\xb1 0.50' in stream.buffer.getvalue()
 
 
 def test_evaluate_prints_one_episode(monkeypatch, evaluated, capsys, folder):

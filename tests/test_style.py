@@ -18,7 +18,8 @@ PACKAGE = ROOT / 'dreamerv3_jax'
 LAYERS = (
     'errors startup config configs presets settings '
     'types transforms distributions returns normalization',
-    'durable images spaces metrics progress interrupts replay train_ratio envs video_file env_report',
+    'durable images spaces metrics progress interrupts replay train_ratio '
+    'envs video_file env_report',
     'losses nets',
     'networks optimizer actions',
     'rssm',
