@@ -19,7 +19,7 @@ import ml_collections
 
 from dreamerv3_jax import presets, settings, startup
 from dreamerv3_jax.configs import base
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 _PROGRAM = 'dreamerv3-jax'
 _HELP = f"""\
@@ -158,7 +158,7 @@ def _run(arguments: list[str]) -> None:
         hint = '' if not first else f', before {first}'
         raise UserError(f'Give a command{hint}: {", ".join(_COMMANDS)}.')
     else:
-        raise UserError(f'There is no command {first!r}{presets.nearest(first, _COMMANDS)}')
+        raise UserError(f'There is no command {first!r}{nearest(first, _COMMANDS)}')
 
 
 def _train(arguments: list[str]) -> None:
@@ -338,7 +338,7 @@ class _Parser(argparse.ArgumentParser):
         key = settings.nearest_key(name.lstrip('-'), self._keys)
         if key:
             raise UserError(f'There is no option {name}; did you mean --config.{key}?')
-        raise UserError(f'There is no option {name}{presets.nearest(name, [*known, "--help"])}')
+        raise UserError(f'There is no option {name}{nearest(name, [*known, "--help"])}')
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message.removeprefix("argument ").replace(": ", " ", 1)}.')

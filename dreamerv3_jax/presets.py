@@ -5,14 +5,13 @@ import importlib
 import inspect
 import pkgutil
 import types
-from collections.abc import Iterable
 from pathlib import Path
 
 import ml_collections
 
 from dreamerv3_jax import configs
 from dreamerv3_jax.configs import base
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 
 def names() -> list[str]:
@@ -71,15 +70,6 @@ def source_name(spec: str) -> str:
     """Returns the preset's name, or the file's without folder and ending."""
     source, _ = split_spec(spec)
     return Path(source).stem if _is_path(source) else source
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Returns the end of a sentence that names what was probably meant, or all there is."""
-    options = list(candidates)
-    close = difflib.get_close_matches(name, options, n=1)
-    if close:
-        return f'; did you mean {close[0]!r}?'
-    return f'; choose one of {", ".join(options)}.'
 
 
 def _is_path(source: str) -> bool:

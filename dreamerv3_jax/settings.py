@@ -15,8 +15,7 @@ from ml_collections import config_flags
 
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.configs import base
-from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.presets import nearest
+from dreamerv3_jax.errors import UserError, nearest
 
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
 _KEYWORDS = 'env.kwargs.'  # the one group whose keys are the environment's business

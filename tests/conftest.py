@@ -5,6 +5,7 @@ from dreamerv3_jax import startup
 startup.tune_cpu()
 
 import contextlib  # noqa: E402
+import os  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -16,6 +17,7 @@ import pytest  # noqa: E402
 import tiny_runs  # noqa: E402
 
 import dreamerv3_jax  # noqa: E402
+from dreamerv3_jax.envs import mujoco  # noqa: E402
 
 # Where the tests run in the background it is ignored, also by the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -83,6 +85,14 @@ def small_disk(tmp_path):
         pytest.skip('cannot mount a file system')
     yield SmallDisk(folder)
     subprocess.run(['umount', '--lazy', str(folder)], check=True)
+
+
+@pytest.fixture
+def picture():
+    """Skips where MuJoCo cannot draw."""
+    mujoco.choose_renderer()
+    if os.environ.get('MUJOCO_GL') in mujoco.NO_RENDERER:
+        pytest.skip('no OpenGL library')
 
 
 @pytest.fixture

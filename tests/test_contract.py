@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from test_suites import make, random_actions
 
-from dreamerv3_jax.envs import mujoco
 from dreamerv3_jax.envs.registry import SUITES
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ObservationAdapter
@@ -84,9 +83,7 @@ def case(request, tmp_path, monkeypatch):
             warnings.simplefilter('ignore')  # of SWIG: as errors they crash the interpreter
             importlib.import_module('Box2D')
     if 'vision' in case.kwargs:
-        mujoco.choose_renderer()
-        if os.environ.get('MUJOCO_GL') in mujoco.NO_RENDERER:
-            pytest.skip('no OpenGL library')
+        request.getfixturevalue('picture')
     monkeypatch.chdir(tmp_path)  # some packages write files
     return case
 

@@ -1,7 +1,6 @@
 import hashlib
 import importlib.util
 import math
-import os
 import warnings
 
 import ml_collections
@@ -207,14 +206,6 @@ class TestControl:
     @pytest.fixture(autouse=True)
     def package(self):
         pytest.importorskip('dm_control')
-
-    @pytest.fixture
-    def picture(self):
-        from dreamerv3_jax.envs import mujoco
-
-        mujoco.choose_renderer()
-        if os.environ.get('MUJOCO_GL') in mujoco.NO_RENDERER:
-            pytest.skip('no OpenGL library')
 
     def test_specs(self):
         with make('dmc/walker_walk') as env:

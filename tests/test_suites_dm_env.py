@@ -1,34 +1,18 @@
 """Suites that speak dm_env: bsuite, and the manipulation tasks of dm_control."""
 
 import gzip
-import os
 import struct
 
 import numpy as np
 import pytest
 from test_suites import check_seeds, discrete, inner, make, random_actions
 
-from dreamerv3_jax import envs, presets
 from dreamerv3_jax.errors import UserError
 
 
 def still(env):
     """Returns actions that do nothing."""
     return {'action': np.zeros((env.num_envs, *env.action_specs['action'].shape), np.float32)}
-
-
-@pytest.mark.parametrize(
-    ('preset', 'package'), [('bsuite', 'bsuite'), ('dmc_manipulation', 'dm_control')]
-)
-def test_presets_make_their_environments(preset, package):
-    pytest.importorskip(package)
-    config = presets.load_config(preset).env
-    config.num_envs = 1
-    with envs.make(config, 0) as env:
-        assert env.reset().is_first.all()
-        env.step(random_actions(env, np.random.default_rng(0)))
-        assert env.messages == []
-        assert {spec.kind for spec in env.observation_specs.values()} == {'continuous'}
 
 
 class TestBehaviourSuite:
@@ -152,14 +136,6 @@ class TestManipulation:
     @pytest.fixture(autouse=True)
     def package(self):
         pytest.importorskip('dm_control')
-
-    @pytest.fixture
-    def picture(self):
-        from dreamerv3_jax.envs import mujoco
-
-        mujoco.choose_renderer()
-        if os.environ.get('MUJOCO_GL') in mujoco.NO_RENDERER:
-            pytest.skip('no OpenGL library')
 
     def test_specs(self):
         with make('manipulation/reach_site') as env:

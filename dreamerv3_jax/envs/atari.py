@@ -7,7 +7,6 @@ about lives, and episodes cut (not terminated) after 108,000 frames. The 100k be
 `sticky=False`, `full_actions=False` and `gray=False`. Scores are reported with `env.repeat=4`.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ import gymnasium
 import numpy as np
 from ale_py import roms
 
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 from dreamerv3_jax.images import resize
 
 MAX_FRAMES = 108_000  # half an hour at 60 Hz
@@ -53,9 +52,10 @@ def make(
     games = {game.replace('_', ''): game for game in roms.get_all_rom_ids()}
     game = games.get(name.replace('_', ''))
     if game is None:
-        near = difflib.get_close_matches(name, games.values(), n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'names are in snake_case.'
-        raise UserError(f'There is no Atari game {name!r}; {hint}')
+        raise UserError(
+            f'There is no Atari game {name!r}'
+            + nearest(name, games.values(), 'names are in snake_case')
+        )
     env = Atari(
         game,
         repeat=repeat,

@@ -8,7 +8,6 @@ numbers. At the end of an episode `info` reports under 'log/' what bsuite scores
 The images of the mnist families are not part of the package; see `make`.
 """
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from bsuite import sweep
 from bsuite.utils import datasets
 
 from dreamerv3_jax.envs.stream import ActionRepeat
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 _MNIST = tuple(
     f'{part}-{content}-ubyte.gz'
@@ -50,9 +49,10 @@ def make(
       UserError: there is no such task, or the files of MNIST are not where they should be.
     """
     if name not in sweep.SETTINGS:
-        near = difflib.get_close_matches(name, sweep.SETTINGS, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'names are <family>/<number>.'
-        raise UserError(f'There is no bsuite task {name!r}; {hint}')
+        raise UserError(
+            f'There is no bsuite task {name!r}'
+            + nearest(name, sweep.SETTINGS, 'names are <family>/<number>')
+        )
     family = name.partition('/')[0]
     if family.startswith('mnist'):
         _use_mnist(mnist or os.environ.get('BSUITE_MNIST', ''))

@@ -4,14 +4,13 @@
 task gives out, or with `vision=True` only the picture of a camera.
 """
 
-import difflib
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 choose_renderer()
 from dm_control import suite  # noqa: E402
@@ -43,9 +42,9 @@ def make(
     """
     tasks = {f'{domain}_{task}': (domain, task) for domain, task in suite.ALL_TASKS}
     if name not in tasks:
-        near = difflib.get_close_matches(name, tasks, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'names are <domain>_<task>.'
-        raise UserError(f'There is no control task {name!r}; {hint}')
+        raise UserError(
+            f'There is no control task {name!r}' + nearest(name, tasks, 'names are <domain>_<task>')
+        )
     if vision or render_mode:
         check_renderer()
     domain, task = tasks[name]

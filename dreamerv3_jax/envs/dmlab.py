@@ -11,7 +11,6 @@ is terminated. DeepMind Lab gives no observation after the end, so that the last
 The package must be built by the user, and only its documented interface is used here.
 """
 
-import difflib
 from typing import Any
 
 import deepmind_lab
@@ -19,7 +18,7 @@ import gymnasium
 import numpy as np
 
 from dreamerv3_jax.envs import text
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 LEVELS = (
     'explore_goal_locations_large',
@@ -103,9 +102,7 @@ def make(
     """
     levels = LEVELS + TEST_LEVELS
     if name not in levels:
-        near = difflib.get_close_matches(name, levels, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(levels)}.'
-        raise UserError(f'There is no level {name!r} in DMLab-30; {hint}')
+        raise UserError(f'There is no level {name!r} in DMLab-30' + nearest(name, levels))
     config = {'width': str(image_size or 64), 'height': str(image_size or 64)}
     if dataset:
         config['datasetPath'] = dataset

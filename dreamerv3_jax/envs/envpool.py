@@ -11,7 +11,6 @@ environment step. Elsewhere `frame_skip` is part of the physics, or rewards only
 MuJoCo draws no pictures: a missing OpenGL would end the whole process.
 """
 
-import difflib
 import math
 import warnings
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import envpool
 from gymnasium.vector import VectorEnv
 
 from dreamerv3_jax.envs.registry import no_repeat
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 # Settings of the pool that are made here.
 _RESERVED = ('num_envs', 'batch_size', 'seed', 'env_seed', 'base_path', 'gym_reset_return_info')
@@ -52,9 +51,10 @@ def make_vector(
     """
     known = envpool.list_all_envs()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'names are those of EnvPool.'
-        raise UserError(f'There is no EnvPool environment {name!r}; {hint}')
+        raise UserError(
+            f'There is no EnvPool environment {name!r}'
+            + nearest(name, known, 'names are those of EnvPool')
+        )
     origin = envpool.registration.registry.specs[name][0]
     with warnings.catch_warnings():
         # gymnasium's, about bounds that are not exact in float32.
@@ -85,6 +85,4 @@ def make_vector(
 def _check_options(name: str, options: dict[str, Any], known: list[str]) -> None:
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f'did you mean {" or ".join(near)}?' if near else f'it has {", ".join(known)}.'
-            raise UserError(f'envpool/{name} has no setting env.kwargs.{key}; {hint}')
+            raise UserError(f'envpool/{name} has no setting env.kwargs.{key}' + nearest(key, known))

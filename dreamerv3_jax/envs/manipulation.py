@@ -5,8 +5,6 @@ Observes the arm, and besides it the positions of the things, or with `vision=Tr
 camera. Episodes are cut after ten seconds, which are 250 steps.
 """
 
-import difflib
-
 import gymnasium
 
 from dreamerv3_jax.envs import dmc, mujoco  # dmc before dm_control: chooses the renderer
@@ -14,7 +12,7 @@ from dreamerv3_jax.envs import dmc, mujoco  # dmc before dm_control: chooses the
 # isort: split
 from dm_control import manipulation
 
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 _CAMERA = 'front_close'  # of all tasks, and their only one
 
@@ -42,10 +40,8 @@ def make(
     suffix = '_vision' if vision else '_features'
     tasks = [task.removesuffix(suffix) for task in manipulation.ALL if task.endswith(suffix)]
     if name not in tasks:
-        near = difflib.get_close_matches(name, tasks, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(tasks)}.'
         kind = ' from pictures' if vision else ''
-        raise UserError(f'There is no manipulation task {name!r}{kind}; {hint}')
+        raise UserError(f'There is no manipulation task {name!r}{kind}' + nearest(name, tasks))
     if vision or render_mode:
         mujoco.check_renderer()
     env = manipulation.load(name + suffix)

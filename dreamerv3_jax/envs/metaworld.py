@@ -5,7 +5,6 @@ placed anew in every episode, the goal is part of the observation, and episodes 
 steps. At the end of one, 'log/success' tells whether the task was ever solved in it.
 """
 
-import difflib
 from typing import Any
 
 import gymnasium
@@ -15,7 +14,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
 from dreamerv3_jax.envs.registered import Success
 from dreamerv3_jax.envs.stream import ActionRepeat
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 choose_renderer()
 
@@ -37,9 +36,10 @@ def make(
     tasks = {key.removesuffix('-v3'): task for key, task in ALL_V3_ENVIRONMENTS.items()}
     name = name.replace('_', '-').removesuffix('-v3')
     if name not in tasks:
-        near = difflib.get_close_matches(name, tasks, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else 'names are like drawer-open.'
-        raise UserError(f'There is no Meta-World task {name!r}; {hint}')
+        raise UserError(
+            f'There is no Meta-World task {name!r}'
+            + nearest(name, tasks, 'names are like drawer-open')
+        )
     if render_mode:
         check_renderer()
     env: gymnasium.Env = Success(ArmTask(tasks[name], render_mode=render_mode))

@@ -5,14 +5,13 @@ Qt 5 libraries of the system for them. By default the levels are unlimited and o
 distribution. The time limit of a game truncates.
 """
 
-import difflib
 from collections.abc import Sequence
 
 from gymnasium.vector import VectorEnv
 
 from dreamerv3_jax.envs import envpool as pools
 from dreamerv3_jax.envs.registry import no_repeat
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 GAMES = (
     'bigfish',
@@ -63,9 +62,7 @@ def make_vector(
         held.
     """
     if name not in GAMES:
-        near = difflib.get_close_matches(name, GAMES, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(GAMES)}.'
-        raise UserError(f'There is no ProcGen game {name!r}; {hint}')
+        raise UserError(f'There is no ProcGen game {name!r}' + nearest(name, GAMES))
     if repeat > 1:
         raise no_repeat(f'procgen/{name}')
     ids = {kind: f'{name.capitalize()}{kind.capitalize()}-v0' for kind in _DISTRIBUTIONS}

@@ -1,6 +1,5 @@
 """What the suites that register their environments with gymnasium share."""
 
-import difflib
 import re
 import warnings
 from collections.abc import Collection
@@ -8,7 +7,7 @@ from typing import Any
 
 import gymnasium
 
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 
 def find(name: str, names: Collection[str], suite: str) -> str:
@@ -27,9 +26,10 @@ def find(name: str, names: Collection[str], suite: str) -> str:
     versions = [known for known in names if re.sub(r'-v\d+$', '', known) == name]
     if versions:
         return max(versions, key=lambda known: int(known.rpartition('-v')[2]))
-    near = difflib.get_close_matches(name, names, n=3)
-    hint = f'did you mean {" or ".join(near)}?' if near else f'names are like {min(names)}.'
-    raise UserError(f'{suite} has no environment {name!r}; {hint}')
+    raise UserError(
+        f'{suite} has no environment {name!r}'
+        + nearest(name, names, f'names are like {min(names)}')
+    )
 
 
 def make(env_id: str, **kwargs: Any) -> gymnasium.Env:

@@ -88,6 +88,12 @@ SUITES = {
         _pip('dmc'),
         ('reach_site', 'stack_2_bricks'),
     ),
+    'memorymaze': Suite(
+        'Memory Maze', 'memory_maze', 'memory_maze', _pip('memorymaze'), ('9x9', '15x15')
+    ),
+    'metaworld': Suite(
+        'Meta-World', 'metaworld', 'metaworld', _pip('metaworld'), ('reach', 'drawer-open')
+    ),
     'minecraft': Suite(
         'Minecraft diamond',
         'minecraft',
@@ -96,9 +102,6 @@ SUITES = {
         '(minerl.readthedocs.io has the details), and without a screen put "xvfb-run -a" before '
         'the command.',
         ('diamond',),
-    ),
-    'procgen': Suite(
-        'ProcGen', 'procgen', 'envpool', _pip('procgen'), ('coinrun', 'starpilot'), vector=True
     ),
     'minigrid': Suite(
         'Minigrid and BabyAI',
@@ -114,11 +117,8 @@ SUITES = {
         _pip('popgym'),
         ('RepeatPreviousEasy-v0', 'PositionOnlyPendulumEasy-v0'),
     ),
-    'memorymaze': Suite(
-        'Memory Maze', 'memory_maze', 'memory_maze', _pip('memorymaze'), ('9x9', '15x15')
-    ),
-    'metaworld': Suite(
-        'Meta-World', 'metaworld', 'metaworld', _pip('metaworld'), ('reach', 'drawer-open')
+    'procgen': Suite(
+        'ProcGen', 'procgen', 'envpool', _pip('procgen'), ('coinrun', 'starpilot'), vector=True
     ),
     'robotics': Suite(
         'Gymnasium-Robotics',

@@ -6,7 +6,6 @@ or none, or with `combine=True` any set of buttons. Buttons that take a number (
 the mouse) are left out, for there are others to the same effect.
 """
 
-import difflib
 import shlex
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ import gymnasium
 import numpy as np
 import vizdoom
 
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 from dreamerv3_jax.images import resize
 
 # For one player, with all that they need in the package.
@@ -57,9 +56,7 @@ def make(
       UserError: there is no such scenario.
     """
     if name not in SCENARIOS:
-        near = difflib.get_close_matches(name, SCENARIOS, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'one of {", ".join(SCENARIOS)}.'
-        raise UserError(f'There is no ViZDoom scenario {name!r}; {hint}')
+        raise UserError(f'There is no ViZDoom scenario {name!r}' + nearest(name, SCENARIOS))
     env = Doom(name, repeat=repeat, image_size=image_size or 64, combine=combine)
     env.render_mode = render_mode
     return env

@@ -326,10 +326,17 @@ def compare(cases: dict[str, Any], baseline: dict[str, Any]) -> bool:
     return good
 
 
-def in_process(case: str, runs: int) -> dict[str, Any]:
-    """Measures one case in a process of its own."""
+def in_process(case: str, runs: int, **variables: str) -> dict[str, Any]:
+    """Measures one case in a process of its own, with these environment variables."""
     command = [sys.executable, '-m', NAME, case, f'--runs={runs}', '--here']
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -9,17 +9,13 @@ settings of `startup` are measured in processes of their own.
 
 import argparse
 import contextlib
-import os
+import importlib
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.benchmarks import measure
-
-NAME = 'experiments.benchmarks.plain'
 
 
 def _window_max_pool(x: Any) -> Any:
@@ -119,8 +115,6 @@ SETTINGS = {
 @contextlib.contextmanager
 def without(*names: str) -> Iterator[None]:
     """Leaves out these optimisations of all that is traced meanwhile."""
-    import importlib
-
     with contextlib.ExitStack() as stack:
         for name in names:
             module, attribute, plain = PATCHES[name]
@@ -154,22 +148,6 @@ def ratio(size: str, kind: str, names: tuple[str, ...], runs: int) -> float:
     return plain / as_it_is
 
 
-def _seconds(size: str, kind: str, runs: int, settings: dict[str, str]) -> float:
-    """Seconds per update in a process of its own with these environment variables."""
-    command = [sys.executable, '-m', measure.NAME, f'update {size} {kind}', f'--runs={runs}']
-    done = subprocess.run(
-        [*command, '--here'],
-        cwd=measure.ROOT,
-        env={**os.environ, **settings},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    import json
-
-    return statistics.median(json.loads(done.stdout.splitlines()[-1])['seconds'])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -191,8 +169,9 @@ def main() -> None:
             print(f'{value:6.2f}  {name}', flush=True)
     for name, settings in SETTINGS.items():
         if options.only in name:
+            case = f'update {options.size} {options.kind}'
             with_it, without_it = (
-                _seconds(options.size, options.kind, options.runs, chosen)
+                statistics.median(measure.in_process(case, options.runs, **chosen)['seconds'])
                 for chosen in ({}, settings)
             )
             print(f'{without_it / with_it:6.2f}  {name}', flush=True)
