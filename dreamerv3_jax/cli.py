@@ -4,26 +4,22 @@ Neither jax nor an environment is imported before the arguments are known to be 
 and mistakes are answered at once and a mistake leaves nothing behind.
 """
 
-import argparse
 import difflib
 import importlib.metadata
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
-
-import ml_collections
 
 from dreamerv3_jax import presets, settings, startup
+from dreamerv3_jax.arguments import PROGRAM, Parser, build_config, split_overrides, whole_number
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError, nearest
 
-_PROGRAM = 'dreamerv3-jax'
 _HELP = f"""\
-usage: {_PROGRAM} <command> [options]
+usage: {PROGRAM} <command> [options]
 
 DreamerV3 in JAX: learns a model of an environment, and to act by imagining with it.
 
@@ -33,19 +29,19 @@ commands:
   presets    list the configurations that come with the package
   envs       list the suites of environments, or look at one environment
 
-  {_PROGRAM} <command> --help   the options of a command
-  {_PROGRAM} --version          the versions in use
+  {PROGRAM} <command> --help   the options of a command
+  {PROGRAM} --version          the versions in use
 
 Start with:
-  {_PROGRAM} train --config=quickstart
+  {PROGRAM} train --config=quickstart
 """
 _TRAIN_HELP = f"""\
-usage: {_PROGRAM} train --config=PRESET[:SIZE] [--config.KEY=VALUE ...]
+usage: {PROGRAM} train --config=PRESET[:SIZE] [--config.KEY=VALUE ...]
 
 Learns in an environment. The same command again goes on where the run stopped.
 
 options:
-  --config=PRESET[:SIZE]        a preset ("{_PROGRAM} presets" lists them) or path/to/file.py;
+  --config=PRESET[:SIZE]        a preset ("{PROGRAM} presets" lists them) or path/to/file.py;
                                 a size replaces the preset's own
   --config.KEY=VALUE            changes one setting; see configs/base.py for all of them
   --config.env.kwargs.NAME=VALUE
@@ -62,15 +58,15 @@ settings that are often changed:
                                 replayed steps per step in the environment
 
 examples:
-  {_PROGRAM} train --config=quickstart
-  {_PROGRAM} train --config=gymnasium:size12m --config.env.id=Pendulum-v1
-  {_PROGRAM} train --config=dmc_vision --config.env.id=dmc/cheetah_run --config.seed=3
+  {PROGRAM} train --config=quickstart
+  {PROGRAM} train --config=gymnasium:size12m --config.env.id=Pendulum-v1
+  {PROGRAM} train --config=dmc_vision --config.env.id=dmc/cheetah_run --config.seed=3
 
 sizes:
   {', '.join(base.SIZES)}
 """
 _EVALUATE_HELP = f"""\
-usage: {_PROGRAM} evaluate RUN_FOLDER [options]
+usage: {PROGRAM} evaluate RUN_FOLDER [options]
 
 Plays episodes with the latest checkpoint of a run and prints their mean return.
 
@@ -83,16 +79,16 @@ options:
   --help                        this text
 
 examples:
-  {_PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0
-  {_PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0 --episodes=5 --video=hover.mp4
+  {PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0
+  {PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0 --episodes=5 --video=hover.mp4
 """
 _PRESETS_HELP = f"""\
-usage: {_PROGRAM} presets
+usage: {PROGRAM} presets
 
 Lists the presets, what each is for, and the sizes.
 """
 _ENVS_HELP = f"""\
-usage: {_PROGRAM} envs [ID] [options]
+usage: {PROGRAM} envs [ID] [options]
 
 Lists the suites, whether each is installed, and how to install it. With an id: what the environment
 observes and takes, its steps per second, and a video of a random policy.
@@ -105,8 +101,8 @@ options:
   --help                        this text
 
 examples:
-  {_PROGRAM} envs atari/pong --config.env.repeat=4
-  {_PROGRAM} envs dmc/walker_walk --config.env.kwargs.vision=true --video=walker.gif
+  {PROGRAM} envs atari/pong --config.env.repeat=4
+  {PROGRAM} envs dmc/walker_walk --config.env.kwargs.vision=true --video=walker.gif
 """
 
 
@@ -128,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f'{_PROGRAM}: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'{PROGRAM}: {" ".join(str(error).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -162,11 +158,11 @@ def _run(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    overrides, rest = _split_overrides(arguments)
-    parser = _Parser(settings.names())
+    overrides, rest = split_overrides(arguments)
+    parser = Parser(settings.names())
     parser.add_argument('--config', default='')
     options = parser.parse(rest)
-    config, preset = _build_config(options.config, overrides)
+    config, preset = build_config(options.config, overrides)
     settings.validate(config)
     logdir = settings.run_folder(config, preset)
     if logdir.exists() and not logdir.is_dir():
@@ -184,31 +180,12 @@ def _train(arguments: list[str]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _build_config(
-    spec: str, overrides: list[tuple[str, str | None]]
-) -> tuple[ml_collections.ConfigDict, str]:
-    """Returns the settings and the preset's name."""
-    if not spec:
-        raise UserError(
-            f'Choose a preset, as in --config=quickstart; "{_PROGRAM} presets" lists them.'
-        )
-    # The size decides about other settings, so it has to be known first.
-    for key, value in overrides:
-        if key == 'size':
-            spec = f'{presets.split_spec(spec)[0]}:{value}'
-    config = presets.load_config(spec)
-    for key, value in overrides:
-        if key != 'size':
-            settings.override(config, key, value)
-    return config, presets.source_name(spec)
-
-
 def _evaluate(arguments: list[str]) -> None:
-    parser = _Parser()
+    parser = Parser()
     parser.add_argument('folder', nargs='?', default='')
     parser.add_argument('--logdir', default='')
-    parser.add_argument('--episodes', type=_whole_number, default=20)
-    parser.add_argument('--seed', type=_whole_number, default=0)
+    parser.add_argument('--episodes', type=whole_number, default=20)
+    parser.add_argument('--seed', type=whole_number, default=0)
     parser.add_argument('--video', type=Path)
     parser.add_argument('--sample', action='store_true')
     options = parser.parse(arguments)
@@ -251,7 +228,7 @@ def _check_video(path: Path | None) -> None:
 
 def _existing_run(name: str) -> Path:
     if not name:
-        raise UserError(f'Name the run folder, as in {_PROGRAM} evaluate runs/quickstart-...')
+        raise UserError(f'Name the run folder, as in {PROGRAM} evaluate runs/quickstart-...')
     folder = settings.path_of(name)
     if folder.is_dir():
         return folder
@@ -262,23 +239,23 @@ def _existing_run(name: str) -> Path:
 
 
 def _presets(arguments: list[str]) -> None:
-    _Parser().parse(arguments)
+    Parser().parse(arguments)
     names = presets.names()
     width = max(map(len, names))
     for name in names:
         print(f'{name:{width}}  {presets.describe(name)}')
     print(f'\nSizes: {", ".join(base.SIZES)}.')
-    print(f'Start one with: {_PROGRAM} train --config=quickstart')
+    print(f'Start one with: {PROGRAM} train --config=quickstart')
 
 
 def _envs(arguments: list[str]) -> None:
-    overrides, rest = _split_overrides(arguments)
-    parser = _Parser(name for name in settings.names() if name.startswith('env.'))
+    overrides, rest = split_overrides(arguments)
+    parser = Parser(name for name in settings.names() if name.startswith('env.'))
     parser.add_argument('id', nargs='?', default='')
     parser.add_argument('--video', type=Path)
     options = parser.parse(rest)
     if not options.id and (overrides or options.video):
-        raise UserError(f'Name the environment, as in {_PROGRAM} envs atari/pong.')
+        raise UserError(f'Name the environment, as in {PROGRAM} envs atari/pong.')
     config = base.get_config()
     config.env.update(id=options.id, num_envs=1)
     for key, value in overrides:
@@ -295,60 +272,7 @@ def _envs(arguments: list[str]) -> None:
         return
     print('\n'.join(env_report.suites()))
     print('\nOther environments: any gymnasium id, module:Id-v0 or module:function.')
-    print(f'Look at one with: {_PROGRAM} envs Hover-v0')
-
-
-def _split_overrides(arguments: list[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """Separates `--config.key=value` and `--config.key value` from the other arguments."""
-    overrides: list[tuple[str, str | None]] = []
-    rest: list[str] = []
-    remaining = list(arguments)
-    while remaining:
-        argument = remaining.pop(0)
-        if not argument.startswith('--config.'):
-            rest.append(argument)
-            continue
-        key, equals, text = argument.removeprefix('--config.').partition('=')
-        value: str | None = text
-        if not equals:
-            separate = bool(remaining) and not remaining[0].startswith('--')
-            value = remaining.pop(0) if separate else None
-        overrides.append((key, value))
-    return overrides, rest
-
-
-class _Parser(argparse.ArgumentParser):
-    """Parses the options of one command and answers mistakes with a `UserError`.
-
-    Options that look like one of `keys`, names of settings, are answered with how to write it.
-    """
-
-    def __init__(self, keys: Iterable[str] = ()) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self._keys = list(keys)
-
-    def parse(self, arguments: list[str]) -> argparse.Namespace:
-        options, unknown = self.parse_known_args(arguments)
-        if not unknown:
-            return options
-        name = unknown[0].partition('=')[0]
-        if not name.startswith('-'):
-            raise UserError(f'{name!r} is one argument too many; options are written --name=value.')
-        known = [string for action in self._actions for string in action.option_strings]
-        key = settings.nearest_key(name.lstrip('-'), self._keys)
-        if key:
-            raise UserError(f'There is no option {name}; did you mean --config.{key}?')
-        raise UserError(f'There is no option {name}{nearest(name, [*known, "--help"])}')
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f'{message.removeprefix("argument ").replace(": ", " ", 1)}.')
-
-
-def _whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'takes a whole number, not {text!r}') from None
+    print(f'Look at one with: {PROGRAM} envs Hover-v0')
 
 
 def _versions() -> str:

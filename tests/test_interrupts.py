@@ -28,7 +28,7 @@ if changes.pop('slow_save', False):
     checkpoint._ArrayFiles.save = slow_save
 changes |= {'logdir': sys.argv[1] + '/run', 'run__steps': 1_000_000, 'replay__train_ratio': 1.0}
 config = tiny_runs.run_config('toy_envs:Counter', **changes)
-cli._build_config = lambda *_: (config, 'tiny')
+cli.build_config = lambda *_: (config, 'tiny')
 sys.exit(cli.main(['train']))
 """
 
