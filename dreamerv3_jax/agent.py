@@ -66,6 +66,8 @@ class Agent:
             observation_specs=self.observation_specs,
             action_specs=self.action_specs,
             config=self.config,
+            whole=functools.partial(sharding.whole, self.mesh),
+            split=functools.partial(sharding.split, self.mesh),
         )
         self._compiled_update: Any = None
         act = functools.partial(
@@ -113,7 +115,11 @@ class Agent:
         stoch = jnp.zeros((count, config.stoch, config.classes), dtype)
         state = PolicyState(Latent(deter, stoch), zero_actions(self.action_specs, count))
         # Placed as the policy returns it: its second call must not compile again.
-        return jax.device_put(state, sharding.replicated(self.mesh))
+        return sharding.local(self.mesh, state)
+
+    def acting_params(self, state: TrainState) -> Any:
+        """Parameters for `policy`, whole on one device of this process, until the next update."""
+        return sharding.local(self.mesh, {name: state.params[name] for name in policy.NETWORKS})
 
     def policy(
         self,
@@ -127,7 +133,7 @@ class Agent:
         """Chooses actions for N environments, see `policy.act`.
 
         Args:
-          params: `TrainState.params`.
+          params: `TrainState.params`, or on several devices what `acting_params` returns.
           state: from the call before, or `initial_policy_state`.
           observation: {name: [N, *shape]}.
           is_first: [N] bool.

@@ -70,6 +70,7 @@ class Trainer:
         self._lengths = np.zeros(self._env.num_envs, np.int64)
         self._policy_state = self._agent.initial_policy_state(self._env.num_envs)
         self._records: envs.Records | None = None
+        self._acting_params: Any = None  # until the next update
 
     def __enter__(self) -> 'Trainer':
         return self
@@ -212,8 +213,10 @@ class Trainer:
         with self._timer.section('update'):
             jax.block_until_ready(self._state.updates)
         with self._timer.section('policy'):
+            if self._acting_params is None:
+                self._acting_params = self._agent.acting_params(self._state)
             self._policy_state, actions, latent = self._agent.policy(
-                self._state.params,
+                self._acting_params,
                 self._policy_state,
                 records.observation,
                 records.is_first,
@@ -260,6 +263,7 @@ class Trainer:
             sampled, index = self._replay.sample()
         with self._timer.section('update'):
             self._state, latents, metrics = self._agent.update(self._state, steps.to_batch(sampled))
+        self._acting_params = None
         self._pending = (index, latents, metrics)
         self._metrics.append(metrics)
         self.counters['updates'] += 1

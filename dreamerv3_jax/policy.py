@@ -12,6 +12,8 @@ from dreamerv3_jax.networks import Networks
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.types import Array, Params, PolicyState, StoredLatent
 
+NETWORKS = ('encoder', 'dynamics', 'actor')  # that acting needs
+
 
 def act(
     networks: Networks,
@@ -29,7 +31,7 @@ def act(
 
     Args:
       networks: all networks.
-      params: of all networks.
+      params: of `NETWORKS` at least.
       state: [N, ...] after the observation before.
       observation: {name: [N, *shape]}.
       is_first: [N] bool; the state is reset there.

@@ -1,16 +1,16 @@
 """Devices: the mesh, which axis of which array is split over it, and compiling for it.
 
 The batch is split over both mesh axes. Parameters, optimiser state and slow critic are split over
-`fsdp` (fully sharded data parallelism) by shape, see `state_sharding`. The compiler inserts the
-communication; the same program serves one device and many.
+`fsdp` (fully sharded data parallelism) by shape, see `state_sharding`. An update repeats the
+parameters on every device once, see `whole`, and splits their gradients again, see `split`. The
+compiler inserts the communication; the same program serves one device and many.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,26 +20,33 @@ Devices = Mesh  # the name in other files, which only pass it on
 LEAST_SHARDED = 4096  # elements; smaller arrays are cheaper to repeat than to gather
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """Arranges the devices as (data, fsdp).
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices as (data, fsdp), so that those of one copy of the parameters are near.
 
     Args:
-      data: number of groups that see different sequences; -1 takes all devices that are left.
+      data: number of groups that see different sequences; -1 takes all devices.
       fsdp: number of devices over which a copy of the parameters is spread.
+      devices: by default all there are; the first of them are taken where not all are needed.
 
     Raises:
       UserError: the numbers do not fit the devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if data == -1:
-        data = max(1, len(devices) // fsdp)
+        if len(devices) % fsdp:
+            raise UserError(
+                f'mesh.fsdp={fsdp} does not divide the {len(devices)} devices; '
+                'choose a number that does, or how many of them to use with mesh.data.'
+            )
+        data = len(devices) // fsdp
     if data * fsdp > len(devices):
         raise UserError(
             f'mesh.data={data} times mesh.fsdp={fsdp} needs {data * fsdp} devices and there are '
             f'{len(devices)}; lower one of them.'
         )
-    grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
-    return Mesh(grid, ('data', 'fsdp'), axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(
+        (data, fsdp), ('data', 'fsdp'), (AxisType.Auto,) * 2, devices=devices[: data * fsdp]
+    )
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
@@ -78,6 +85,29 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding that repeats an array on every device."""
     return NamedSharding(mesh, P())
+
+
+def whole(mesh: Mesh, tree: Any) -> Any:
+    """Repeats arrays on every device, inside a compiled function.
+
+    Once for all of an update: left to itself, the compiler gathers parameters inside the scans
+    again at every step.
+    """
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def split(mesh: Mesh, tree: Any) -> Any:
+    """Splits arrays as those of a state are, inside a compiled function.
+
+    What leads up to them stays as it is: split too, its own slices and pads would need exchanges.
+    """
+    return jax.lax.with_sharding_constraint(whole(mesh, tree), state_sharding(mesh, tree))
+
+
+def local(mesh: Mesh, tree: Any) -> Any:
+    """Whole arrays on one device of this process: without a copy where they are there already."""
+    tree = jax.device_put(tree, replicated(mesh))
+    return tree if mesh.size == 1 else jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def compile_for(function: Callable, *arguments: Any, out_shardings: Any, donate: int) -> Callable:

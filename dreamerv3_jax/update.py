@@ -1,6 +1,7 @@
 """One whole update as a pure function: all losses, one backward pass, optimiser, slow critic."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,8 @@ def update(
     observation_specs: Mapping[str, ArraySpec],
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
+    whole: Callable[[Any], Any] = lambda tree: tree,
+    split: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[TrainState, StoredLatent, Metrics]:
     """One update of everything; of nothing where the loss or its gradient is not finite.
 
@@ -102,6 +105,8 @@ def update(
       observation_specs: of the observation.
       action_specs: of the action.
       config: settings.
+      whole: repeats parameters that are split over devices on each of them, see `sharding`.
+      split: splits gradients as the parameters are.
 
     Returns:
       The new state, the latents [B, T, ...] to write back to the replay, and metrics
@@ -110,10 +115,11 @@ def update(
     """
     gradient = jax.value_and_grad(total_loss, has_aux=True)
     (total, (_, stored, percentiles, metrics)), grads = gradient(
-        state.params, state.slow_critic, state.percentiles, batch, state.key(),
+        whole(state.params), whole(state.slow_critic), state.percentiles, batch, state.key(),
         networks=networks, observation_specs=observation_specs, action_specs=action_specs,
         config=config,
     )  # fmt: skip
+    grads = split(grads)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     rate = config.slow_critic_rate

@@ -5,6 +5,7 @@ from dreamerv3_jax import startup
 startup.tune_cpu()
 
 import contextlib  # noqa: E402
+import importlib.metadata  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
@@ -19,11 +20,16 @@ import tiny_runs  # noqa: E402
 import dreamerv3_jax  # noqa: E402
 from dreamerv3_jax.envs import mujoco  # noqa: E402
 
+# Programs that are compiled in half the time, and run slower. Other releases may not know the flag.
+if importlib.metadata.version('jaxlib') == '0.10.2':
+    flags = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
+
 # Where the tests run in the background it is ignored, also by the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 4)  # for the tests of sharding; others use the first
+jax.config.update('jax_num_cpu_devices', 8)  # for the tests of sharding; others use the first
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # The same examples in every run, and no deadline, because a first call may compile.

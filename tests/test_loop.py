@@ -134,7 +134,8 @@ class Spy:
         monkeypatch.setattr(trainer._replay, 'sample', self.sample)
 
     def policy(self, params, *args, **options):
-        assert params is self._params, 'the actor plays with old parameters'
+        newest = {name: self._params[name] for name in params}
+        jax.tree.map(np.testing.assert_array_equal, params, newest)
         self.policy_calls += 1
         result = self._act(params, *args, **options)
         for name, value in result[2]._asdict().items():
@@ -586,7 +587,8 @@ def test_messages(tmp_path, capsys):
     ('changes', 'words'),
     [
         ({'mesh__data': 3}, 'A batch of 4 sequences does not divide among 3 devices'),
-        ({'mesh__data': 8}, 'needs 8 devices and there are 4'),
+        ({'mesh__data': 9}, 'needs 9 devices and there are 8'),
+        ({'mesh__data': -1, 'mesh__fsdp': 3}, 'mesh.fsdp=3 does not divide the 8 devices'),
         ({'replay__capacity': 10**13}, 'set --config.replay.capacity='),
         ({'env__id': 'toy_envs:fails'}, 'no such robot'),
     ],

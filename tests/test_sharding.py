@@ -1,6 +1,7 @@
-"""The same training on one device and on four, however they are arranged."""
+"""The same training on one device and on up to eight, however they are arranged."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from dreamerv3_jax.normalization import init_return_percentiles, update_return_p
 
 SPACES = (Box(-np.inf, np.inf, (4,), np.float32), Discrete(2))
 UPDATES = 5
-MESHES = {'data': (4, 1), 'fsdp': (1, 4), 'both': (2, 2)}
+MESHES = [(8, 1), (1, 4), (2, 4)]
+OTHER_MESHES = [(2, 1), (4, 1), (1, 2), (1, 8), (2, 2), (4, 2)]
 
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -29,16 +31,21 @@ def start():
     return jax.tree.map(np.array, agent.init(0))
 
 
+def batch_of_eight(agent, seed):
+    specs = (agent.observation_specs, agent.action_specs)
+    halves = [tiny_runs.random_batch(*specs, seed + part) for part in (0, 100)]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *halves)
+
+
 def train(start, data, fsdp):
-    """Returns the last state, the last latents, and the metrics of every update."""
+    """Returns the agent, the last state and latents, and the metrics of every update."""
     mesh = sharding.make_mesh(data, fsdp)
     agent = Agent.from_spaces(*SPACES, tiny_runs.agent_config(), mesh=mesh)
     state, metrics = jax.device_put(start, sharding.state_sharding(mesh, start)), []
     for seed in range(UPDATES):
-        batch = tiny_runs.random_batch(agent.observation_specs, agent.action_specs, seed)
-        state, latents, values = agent.update(state, batch)
+        state, latents, values = agent.update(state, batch_of_eight(agent, seed))
         metrics.append(jax.device_get(values))
-    return state, latents, metrics
+    return agent, state, latents, metrics
 
 
 @pytest.fixture(scope='module')
@@ -47,12 +54,14 @@ def alone(start):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize('name', MESHES)
-def test_same_training_on_four_devices(name, start, alone, monkeypatch):
+@pytest.mark.parametrize(
+    ('data', 'fsdp'),
+    [*MESHES, *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in OTHER_MESHES)],
+)
+def test_same_training_on_many_devices(data, fsdp, start, alone, monkeypatch):
     monkeypatch.setattr(sharding, 'LEAST_SHARDED', 64)
-    data, fsdp = MESHES[name]
-    state, latents, metrics = train(start, data, fsdp)
-    expected_state, expected_latents, expected_metrics = alone
+    agent, state, latents, metrics = train(start, data, fsdp)
+    one, expected_state, expected_latents, expected_metrics = alone
     for values, expected in zip(metrics, expected_metrics, strict=True):
         assert values.keys() == expected.keys()
         for key in expected:
@@ -69,14 +78,48 @@ def test_same_training_on_four_devices(name, start, alone, monkeypatch):
             np.testing.assert_allclose(
                 value, expected, atol=1e-5, rtol=0, err_msg=jax.tree_util.keystr(path)
             )
-    # And it was really done on four devices, with optimiser and slow critic split up as well.
-    assert len(latents.deter.sharding.device_set) == 4
-    assert latents.deter.addressable_shards[0].data.shape[0] == 1
+    # And it was really done on all devices, with optimiser and slow critic split up as well.
+    devices = data * fsdp
+    assert len(latents.deter.sharding.device_set) == devices
+    assert latents.deter.addressable_shards[0].data.shape[0] == 8 // devices
     for leaf in jax.tree.leaves(state):
-        assert len(leaf.sharding.device_set) == 4
+        assert len(leaf.sharding.device_set) == devices
         largest = max(shard.data.size for shard in leaf.addressable_shards)
         divisible = leaf.size >= 64 and any(side % fsdp == 0 for side in leaf.shape)
         assert largest * (fsdp if divisible else 1) == leaf.size
+    check_communication(agent._compiled_update.as_text(), state, fsdp)
+    # One device acts, with whole parameters, as one that trains alone.
+    chosen = [act(*pair) for pair in ((agent, state), (one, expected_state))]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), *chosen)
+
+
+def check_communication(program, state, fsdp):
+    """Devices exchange parameters once, gradients once, and the returns; nothing inside scans."""
+    pattern = r' = (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\(.*op_name="(.*?)"'
+    found = re.findall(pattern, program)
+    assert {kind for _, kind, _ in found} <= {'all-reduce', 'all-gather'}
+    assert not [name for *_, name in found if 'while' in name]
+    gathered = [shape for shape, kind, name in found if kind == 'all-gather' and 'sort' not in name]
+    split = [x for x in jax.tree.leaves((state.params, state.slow_critic)) if not replicated(x)]
+    assert len(gathered) <= len(split) and bool(gathered) == bool(split) == (fsdp > 1)
+
+
+def replicated(array):
+    return array.sharding.is_fully_replicated
+
+
+def act(agent, state):
+    """Acts twice; returns the actions."""
+    params, policy_state, chosen = agent.acting_params(state), agent.initial_policy_state(3), []
+    for tick in range(2):
+        observation = {'observation': np.full((3, 4), tick, np.float32)}
+        policy_state, actions, latent = agent.policy(
+            params, policy_state, observation, np.zeros(3, bool), (0, tick)
+        )
+        assert all(x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(latent))
+        chosen.append(jax.device_get((actions, latent)))
+    assert agent._policy._cache_size() == 1
+    return chosen
 
 
 def test_percentiles_are_those_of_the_global_batch():
@@ -116,15 +159,26 @@ def test_state_is_split_along_its_longest_divisible_axis(monkeypatch):
 
 
 def test_meshes():
-    assert dict(sharding.make_mesh().shape) == {'data': 4, 'fsdp': 1}
-    assert dict(sharding.make_mesh(-1, 2).shape) == {'data': 2, 'fsdp': 2}
+    assert dict(sharding.make_mesh().shape) == {'data': 8, 'fsdp': 1}
+    assert dict(sharding.make_mesh(-1, 2).shape) == {'data': 4, 'fsdp': 2}
     assert dict(sharding.make_mesh(1, 1).shape) == {'data': 1, 'fsdp': 1}
+    assert dict(sharding.make_mesh(-1, 3, jax.devices()[:6]).shape) == {'data': 2, 'fsdp': 3}
+    assert sharding.make_mesh(1, 2).devices.tolist() == [jax.devices()[:2]]
     assert sharding.batch_sharding(sharding.make_mesh(2, 2), 8).spec == P(('data', 'fsdp'))
 
 
-@pytest.mark.parametrize(('data', 'fsdp'), [(5, 1), (3, 2), (-1, 5), (2, 4)])
-def test_impossible_meshes(data, fsdp):
-    with pytest.raises(UserError, match='needs .* devices and there are 4; lower one of them'):
+@pytest.mark.parametrize(
+    ('data', 'fsdp', 'words'),
+    [
+        (9, 1, 'mesh.data=9 times mesh.fsdp=1 needs 9 devices and there are 8; lower one of them'),
+        (3, 4, 'needs 12 devices'),
+        (2, 5, 'needs 10 devices'),
+        (-1, 5, 'mesh.fsdp=5 does not divide the 8 devices; choose a number that does'),
+        (-1, 16, 'mesh.fsdp=16 does not divide'),
+    ],
+)
+def test_impossible_meshes(data, fsdp, words):
+    with pytest.raises(UserError, match=words):
         sharding.make_mesh(data, fsdp)
 
 
