@@ -3,7 +3,9 @@
 import importlib.util
 import math
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium
@@ -337,6 +339,32 @@ class TestVizdoom:
 
     def test_seeds(self):
         check_seeds('vizdoom/basic', steps=90, repeat=4)
+
+    @pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
+    def test_the_game_ends_with_a_process_that_is_killed(self):
+        here = Path(__file__).parent
+        code = (
+            'from test_suites import make\n'
+            'env = make("vizdoom/basic")\n'
+            'env.reset()\n'
+            'print(flush=True)\n'
+            'input()\n'
+        )
+        with subprocess.Popen(
+            [sys.executable, '-c', code],
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(here.parent), str(here)])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout.readline() == b'\n'
+            threads = Path(f'/proc/{process.pid}/task').glob('*/children')
+            games = [Path('/proc', game) for path in threads for game in path.read_text().split()]
+            assert [b'vizdoom' in (game / 'cmdline').read_bytes() for game in games] == [True]
+            process.kill()
+        deadline = time.monotonic() + 10
+        while games[0].exists() and (games[0] / 'cmdline').read_bytes():
+            assert time.monotonic() < deadline, 'the game outlives its process'
+            time.sleep(0.05)
 
     def test_leaves_nothing_behind(self, monkeypatch, tmp_path):
         own = tmp_path / 'own'

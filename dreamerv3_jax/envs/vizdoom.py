@@ -4,9 +4,13 @@
 and, where the scenario tells any, variables such as health and ammunition. An action is one button
 or none, or with `combine=True` any set of buttons. Buttons that take a number (in `deathmatch`, for
 the mouse) are left out, for there are others to the same effect.
+
+The game smooths the sway of the weapon from one drawn picture to the next, so that it looks a
+little different where `env.repeat` draws other ones.
 """
 
 import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,8 @@ SCENARIOS = (
     'simpler_basic',
     'take_cover',
 )
+# The kernel ends the game with the thread that started it: it would wait for an action for good.
+_TIE = 'import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])'
 
 
 def make(
@@ -141,8 +147,9 @@ class Doom(gymnasium.Env):
         """Starts the game in a folder of its own, for it leaves files wherever it is started."""
         self._folder = tempfile.TemporaryDirectory(prefix='vizdoom-')
         start = Path(self._folder.name) / 'start'
-        folder, program = shlex.quote(self._folder.name), shlex.quote(vizdoom.exe_path)
-        start.write_text(f'#!/bin/sh\ncd {folder} && exec {program} "$@"\n')
+        tied = [sys.executable, '-ISc', _TIE] if sys.platform == 'linux' else []
+        command = shlex.join([*tied, vizdoom.exe_path])
+        start.write_text(f'#!/bin/sh\ncd {shlex.quote(self._folder.name)} && exec {command} "$@"\n')
         start.chmod(0o700)
         self._game.set_vizdoom_path(str(start))
         self._game.init()
