@@ -43,6 +43,7 @@ TABLE = {
         *(64, 1, 16, 256.0, 1_000_000, 'size200m'),
     ),
     'dmlab': ('dmlab/rooms_watermaze', {}, 64, 4, 16, 32.0, 100_000_000, 'size200m'),
+    'envpool': ('envpool/CartPole-v1', {}, 0, 1, 16, 256.0, 1_000_000, 'size1m'),
     'memory_maze': ('memorymaze/9x9', {}, 64, 1, 16, 32.0, 100_000_000, 'size200m'),
     'metaworld': ('metaworld/reach', {}, 0, 1, 16, 512.0, 1_000_000, 'size12m'),
     'minigrid': (

@@ -58,6 +58,7 @@ SPECIAL = [
     Case('manipulation/reach_site', repeat=4, limit=63, dies=False),
     Case('memorymaze/9x9', repeat=10, limit=100, dies=False, marks=(pytest.mark.slow,)),
     Case('metaworld/reach', repeat=10, limit=50, dies=False),
+    Case('minecraft/diamond', {'length': 61}, limit=61, dies=False),
     Case('minigrid/Empty-Random-5x5-v0', limit=100),
     Case('procgen/starpilot'),
     Case('robotics/FetchReach-v4', limit=50, dies=False),

@@ -303,7 +303,7 @@ class TestCrafter:
             assert records.is_last[0]
             assert not records.is_terminal[0]
             logs = env.pop_logs()
-        assert len(logs) == 23
+        assert len(logs) == 24
         assert logs['achievements'] == sum(
             value for name, value in logs.items() if name.startswith('achievement_')
         )
@@ -320,6 +320,17 @@ class TestCrafter:
             logs = env.pop_logs()
         assert logs['achievement_eat_cow'] == logs['achievements'] == 1.0
         assert logs['achievement_place_table'] == 0.0
+
+    def test_score(self):
+        with make('crafter/reward', kwargs={'length': 1}) as env:
+            scores = []
+            for unlocked in (['eat_cow', 'wake_up'], []):
+                env.reset()
+                inner(env)._env._player.achievements |= dict.fromkeys(unlocked, 3)
+                env.step(discrete(0))
+                scores.append(env.pop_logs()['crafter_score'])
+        # Of 22 achievements two at 100%, then at 50%.
+        np.testing.assert_allclose(scores, [101 ** (2 / 22) - 1, 51 ** (2 / 22) - 1])
 
     @pytest.mark.parametrize(('name', 'paid'), [('reward', True), ('noreward', False)])
     def test_rewards(self, name, paid):

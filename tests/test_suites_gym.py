@@ -160,16 +160,32 @@ class TestMemoryMaze:
         with pytest.raises(UserError, match='A maze is one of 9x9, 11x11, 13x13, 15x15'):
             make('memorymaze/9x11')
 
-    def test_time_limit_truncates(self):
+    @staticmethod
+    def simulation(env):
         from dm_control import composer
 
+        found = inner(env)._env
+        while not isinstance(found, composer.Environment):
+            found = found.env
+        return found
+
+    def test_the_ball_that_is_asked_for_pays(self):
+        with make('memorymaze/9x9') as env:
+            env.reset()
+            maze = self.simulation(env)
+            rewards = []
+            for offset in (0, 1):  # the right ball and a wrong one
+                ball = maze.task._targets[(maze.task._current_target_ix + offset) % 3]
+                position = maze.physics.bind(ball.geom).xpos
+                maze.task._walker.set_pose(maze.physics, [*position[:2], 0])
+                rewards.append(env.step(discrete(0))[0].reward[0])
+        assert rewards == [1, 0]
+
+    def test_time_limit_truncates(self):
         with make('memorymaze/9x9', repeat=2, image_size=48, render=True) as env:
             assert env.reset().observation['observation'].shape == (1, 48, 48, 3)
             assert env.render().shape == (48, 48, 3)
-            simulation = inner(env)._env
-            while not isinstance(simulation, composer.Environment):
-                simulation = simulation.env
-            simulation._time_limit = 1 - 1e-3  # of 250 seconds
+            self.simulation(env)._time_limit = 1 - 1e-3  # of 250 seconds
             for _ in range(2):  # steps are a quarter of a second
                 records, _ = env.step(discrete(0))
             assert records.is_last[0]

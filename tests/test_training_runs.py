@@ -5,8 +5,11 @@ python -m pytest -m slow tests/test_training_runs.py
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 
+import doubles
 import pytest
 from test_contract import CASES
 from test_learning import command
@@ -35,8 +38,7 @@ PRESETS = [name for name in presets.names() if suite_of(name)]
 
 def test_every_suite_has_a_preset():
     suites = {suite_of(preset).title for preset in PRESETS}
-    # EnvPool's ids belong to suites of many kinds.
-    assert suites == {suite.title for suite in SUITES.values()} - {'EnvPool'}
+    assert suites == {suite.title for suite in SUITES.values()}
 
 
 @pytest.mark.slow
@@ -45,7 +47,22 @@ def test_short_run(preset, tmp_path):
     suite = suite_of(preset)
     if not suite.installed:
         pytest.skip(f'{suite.title} is not installed: {suite.install}')
-    env, settings = presets.load_config(preset).env, {**SMALL, 'logdir': tmp_path}
+    check_run(preset, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', doubles.MODULES)
+def test_short_run_of_a_stand_in(preset, tmp_path, monkeypatch):
+    """What has to be built by hand goes the whole path too, without its world."""
+    doubles.install(tmp_path)
+    here = Path(__file__).parent
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, [tmp_path, here.parent, here])))
+    check_run(preset, tmp_path / 'run')
+
+
+def check_run(preset, logdir):
+    env, settings = presets.load_config(preset).env, {**SMALL, 'logdir': logdir}
+    suite = suite_of(preset)
     # The contract knows what makes episodes of the suite short.
     case = next(case for case in CASES if SUITES.get(case.id.partition('/')[0]) is suite)
     settings |= {f'env.kwargs.{name}': value for name, value in case.kwargs.items()}
@@ -53,11 +70,11 @@ def test_short_run(preset, tmp_path):
     settings |= {'env.id': case.id, 'env.repeat': repeat, 'run.steps': STEPS * repeat}
     options = [f'--config.{name}={value}' for name, value in settings.items()]
     command('train', f'--config={preset}:nano', *options)
-    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    lines = [json.loads(line) for line in (logdir / 'metrics.jsonl').read_text().splitlines()]
     assert lines[-1]['count/updates'] >= UPDATES
     assert lines[-1]['count/episodes'] >= 1
     assert lines[-1]['count/skipped'] == lines[-1]['count/restarts'] == 0
     losses = [value for name, value in lines[-1].items() if 'loss/' in name]
     assert losses and all(value is not None and math.isfinite(value) for value in losses)
-    played = command('evaluate', tmp_path, '--episodes=2')
+    played = command('evaluate', logdir, '--episodes=2')
     assert math.isfinite(float(re.search(r'mean return (\S+)', played)[1]))

@@ -5,6 +5,11 @@
 no-ops at the start, the pixel-wise maximum of the last two frames against flicker, no information
 about lives, and episodes cut (not terminated) after 108,000 frames. The 100k benchmark has
 `sticky=False`, `full_actions=False` and `gray=False`. Scores are reported with `env.repeat=4`.
+
+The vector environment in C++ of ale-py cannot follow this protocol: it shrinks pictures by another
+filter than the published code (`images.resize` has that one), and where a game ends within a repeat
+it shows older frames than the last two. It is there as `ale_py:ALE/Pong-v5` with
+`env.vectorization=native`.
 """
 
 from pathlib import Path

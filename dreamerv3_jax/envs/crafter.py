@@ -2,7 +2,10 @@
 
 `crafter/reward`, or `crafter/noreward` for agents without a task. At the end of an episode, `info`
 reports under 'log/achievement_<name>' whether each achievement was unlocked, so that the means over
-episodes are the success rates, and under 'log/achievements' how many were.
+episodes are the success rates; under 'log/achievements' how many were; and under
+'log/crafter_score' the Crafter score (Hafner, 2021) of all episodes since the environment was made:
+exp(mean(log(1 + s))) - 1 over the success rates s in percent. With one environment, as in the
+preset, it is that of the run, counted anew where a run is resumed.
 """
 
 import collections
@@ -51,6 +54,8 @@ class Crafter(gymnasium.Env):
     def __init__(self, *, reward: bool, image_size: int, length: int) -> None:
         self._options = dict(size=(image_size, image_size), reward=reward, length=length)
         self._env: Any = None
+        self._episodes = 0
+        self._successes = np.zeros(len(crafter.constants.achievements))
         shape = (image_size, image_size, 3)
         self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
         self.action_space = gymnasium.spaces.Discrete(len(crafter.constants.actions))
@@ -74,6 +79,10 @@ class Crafter(gymnasium.Env):
             unlocked = {name: count > 0 for name, count in info['achievements'].items()}
             logs = {f'log/achievement_{name}': float(done) for name, done in unlocked.items()}
             logs['log/achievements'] = float(sum(unlocked.values()))
+            self._episodes += 1
+            self._successes += list(unlocked.values())
+            percent = 100 * self._successes / self._episodes
+            logs['log/crafter_score'] = float(np.expm1(np.log1p(percent).mean()))
         return observation, reward, terminated, bool(over and not terminated), logs
 
     def render(self) -> np.ndarray:

@@ -11,8 +11,10 @@ most so far ('inventory_max'), which item is in the hand ('equipped'), 'health',
 'breath' (each 1 when full), and the 'compass': the direction of the place where the episode
 started, in half turns.
 
-MineRL 0.4 is needed, as the game of MineRL 1.0 knows no commands that craft, place and equip. A
-seed chooses the world; MineRL does not promise that animals and monsters then move the same.
+The published actions craft by name. MineRL 0.4.4 is the last one that can do so, and the one that
+the published environment is based on (github.com/danijar/diamond_env): MineRL 1.0 has keys and
+mouse only. A seed chooses the world; MineRL does not promise that animals and monsters then move
+the same.
 """
 
 import importlib.metadata

@@ -99,8 +99,9 @@ SUITES = {
         'minecraft',
         'minerl',
         'install Java 8 ("apt-get install openjdk-8-jdk xvfb"), then "pip install minerl==0.4.4" '
-        '(minerl.readthedocs.io has the details), and without a screen put "xvfb-run -a" before '
-        'the command.',
+        '(minerl.readthedocs.io has the details) or, where that cannot be built, the wheel for '
+        'Python 3.11 at github.com/danijar/minerl/releases, and without a screen put '
+        '"xvfb-run -a" before the command.',
         ('diamond',),
     ),
     'minigrid': Suite(
