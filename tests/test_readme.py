@@ -112,6 +112,14 @@ def test_commands(folder, monkeypatch, trained, capsys):
         assert cli.main(arguments) == 0, f'{shown}: {capsys.readouterr().err}'
 
 
+def test_table_of_suites(trained, capsys):
+    """Every preset of a suite has a row, whose command is accepted."""
+    rows = re.findall(r'`(--config=\S+.*?)` \|', (ROOT / 'docs/suites.md').read_text())
+    for row in rows:
+        assert cli.main(['train', *row.split()]) == 0, f'{row}: {capsys.readouterr().err}'
+    assert {preset for _, _, preset in trained} == {*presets.names()} - {'quickstart'}
+
+
 def test_links():
     """Files that the pages point to exist."""
     for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
