@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamerv3_jax import policy, sharding, update
+from dreamerv3_jax import policy, sharding, startup, update
 from dreamerv3_jax.actions import zero_actions
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.networks import compute_dtype, make_networks
@@ -183,6 +183,7 @@ class Agent:
             out_shardings=(state_sharding, self._batch_sharding, sharding.replicated(self.mesh)),
             donate=1,
         )
+        startup.return_memory()
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, StoredLatent, Metrics]:
         """One update of everything, see `update.update`. Does not wait for the result.

@@ -81,7 +81,9 @@ class Trainer:
 
     def _build(self, preset: str) -> None:
         config, logdir, opened = self._config, self._logdir, self._opened
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        data, fsdp = config.mesh.data, config.mesh.fsdp
+        devices = sharding.devices_for(config.replay.batch_size, fsdp) if data == -1 else None
+        mesh = sharding.make_mesh(data, fsdp, devices)
         # A new folder is not made before all else is known to be right.
         lock = run_folder.Lock(logdir) if logdir.exists() else None
         if lock:

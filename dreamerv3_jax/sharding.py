@@ -49,6 +49,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     )
 
 
+def devices_for(batch_size: int, fsdp: int) -> Sequence[jax.Device]:
+    """All devices, but of those of one CPU only as many as the sequences can be dealt out to.
+
+    They are cores, see `startup.tune_cpu`, and any number of them does.
+    """
+    devices = jax.devices()
+    if devices[0].platform != 'cpu' or jax.process_count() > 1:
+        return devices
+    fitting = [n for n in range(1, len(devices) + 1) if n % fsdp == 0 == batch_size % n]
+    return devices[: max(fitting)] if fitting else devices
+
+
 def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Sharding for each array of a state: its longest axis that divides by `fsdp`, if it is large.
 

@@ -10,6 +10,7 @@ import os
 import platform
 from pathlib import Path
 
+_C_LIBRARY = 'libc.so.6'  # glibc's name; other C libraries have other ones
 # From malloc.h. Large buffers are kept instead of being returned to the system after every
 # operation, which costs a page fault per 4 KB when they are needed again. The process does not
 # shrink then.
@@ -20,13 +21,17 @@ _MALLOC_OPTIONS = (
     (-8, 1),  # M_ARENA_MAX: one heap for all threads
 )
 # This release puts convolutions and reductions into fusions that are slower than XLA's own loops,
-# and uses half of the widest registers. Unknown flags end the process, so releases that were not
-# tried are left alone.
+# uses half of the widest registers, and keeps more arrays at a time than it must, to run more
+# operations at once. Unknown flags end the process, so releases that were not tried are left alone.
 _TUNED_RELEASE = '0.10.2'
 _FLAGS = (
     '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution,-reduce '
-    '--xla_cpu_prefer_vector_width=512'
+    '--xla_cpu_prefer_vector_width=512 '
+    '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 )
+# XLA splits single operations among the cores, the small ones not at all. As several devices, the
+# cores share the sequences of a batch instead. Each device has a copy of the parameters.
+_MOST_DEVICES = 4
 
 
 def prepare() -> None:
@@ -65,10 +70,12 @@ def _instruction_set() -> str:
 def tune_cpu() -> None:
     """Tunes memory allocation and XLA on a machine without accelerator, before jax is imported.
 
-    Leaves alone what the environment variables `MALLOC_*`, `GLIBC_TUNABLES` or `XLA_FLAGS` decide.
+    Leaves alone what the environment variables `MALLOC_*`, `GLIBC_TUNABLES`, `XLA_FLAGS` or
+    `JAX_NUM_CPU_DEVICES` decide.
     """
     if not _only_cpu():
         return
+    os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(min(_cores(), _MOST_DEVICES)))
     if not any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
         _tune_malloc()
     if importlib.metadata.version('jaxlib') == _TUNED_RELEASE:
@@ -83,10 +90,21 @@ def _only_cpu() -> bool:
     return not devices and importlib.util.find_spec('libtpu') is None
 
 
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _tune_malloc() -> None:
-    try:
-        library = ctypes.CDLL('libc.so.6')  # glibc's name; other C libraries have other ones
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(_C_LIBRARY)
         for option, value in _MALLOC_OPTIONS:
             library.mallopt(option, value)
-    except (OSError, AttributeError):
-        pass
+
+
+def return_memory() -> None:
+    """Gives memory that was freed back to the system; compiling leaves a gigabyte of it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(_C_LIBRARY).malloc_trim(0)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamerv3_jax.nets import layers
-from dreamerv3_jax.nets.layers import MLP, BlockLinear, Conv, Hidden, Linear, RMSNorm
+from dreamerv3_jax.nets import convolutions, layers
+from dreamerv3_jax.nets.convolutions import Conv
+from dreamerv3_jax.nets.layers import MLP, BlockLinear, Hidden, Linear, RMSNorm
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -277,7 +278,7 @@ def test_pooled_convolution(height, width):
     convolved = module.apply(params, x)
     windows = convolved.reshape(2, height // 2, 2, width // 2, 2, features)
     close(module.apply(params, x, method='pooled'), windows.max((2, 4)))
-    close(layers.max_pool(convolved), windows.max((2, 4)))
+    close(convolutions.max_pool(convolved), windows.max((2, 4)))
 
 
 @pytest.mark.parametrize(('height', 'width'), [*SIZES, (3, 5), (1, 1)])
@@ -301,7 +302,7 @@ def test_gradients_of_folded_convolutions():
     for folded, plain in (
         (
             lambda p: module.apply(p, x, method='pooled'),
-            lambda p: layers.max_pool(module.apply(p, x)),
+            lambda p: convolutions.max_pool(module.apply(p, x)),
         ),
         (
             lambda p: module.apply(p, x, method='upsampled'),
@@ -315,17 +316,61 @@ def test_gradients_of_folded_convolutions():
 
 def test_space_to_depth_by_hand():
     x = jnp.arange(16).reshape(1, 4, 4, 1)
-    assert layers.space_to_depth(x)[0].tolist() == [
+    assert convolutions.space_to_depth(x)[0].tolist() == [
         [[0, 1, 4, 5], [2, 3, 6, 7]],
         [[8, 9, 12, 13], [10, 11, 14, 15]],
     ]
     y = random(2, 6, 8, 3)
-    np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(y)), y)
+    np.testing.assert_array_equal(convolutions.depth_to_space(convolutions.space_to_depth(y)), y)
+
+
+def square_gradients(function, *arguments):
+    """Of the sum of squares of a function that is linear in each argument."""
+    return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(function(*x)))))(arguments)
+
+
+@pytest.mark.parametrize('count', [160, 7])  # in parts, and as they are
+@pytest.mark.parametrize(('inputs', 'features'), [(5, 3), (3, 5), (4, 4)])
+def test_gradients_of_a_product(count, inputs, features):
+    x, kernel = random(count, inputs), random(inputs, features, seed=1)
+    jax.tree.map(
+        close,
+        square_gradients(layers.product, x, kernel),
+        square_gradients(lambda x, kernel: x @ kernel, x, kernel),
+    )
+
+
+def test_gradient_of_a_kernel_by_hand():
+    x = jnp.arange(32.0)[:, None] * jnp.ones((1, 2))
+    gradient = jnp.ones((32, 1))
+    assert layers.kernel_gradient(x, gradient).tolist() == [[496.0], [496.0]]
+
+
+@pytest.mark.parametrize('side', [3, 5])
+@pytest.mark.parametrize(('height', 'chunk', 'images'), [(8, 64, 16), (2, 16, 16), (8, 4096, None)])
+def test_gradients_of_a_convolution(monkeypatch, side, height, chunk, images):
+    monkeypatch.setattr(convolutions, 'CHUNK', chunk)
+    x, kernel = random(64, height, 4, 2), random(side, side, 2, 3, seed=1)
+    assert jax.local_device_count() == 8
+    assert convolutions._images_per_chunk(x.shape) == images
+    jax.tree.map(
+        lambda actual, expected: close(actual, expected, 2e-3),
+        square_gradients(convolutions.convolve, x, kernel),
+        square_gradients(convolutions._convolve, x, kernel),
+    )
+
+
+def test_many_channels_are_pooled_like_few(monkeypatch):
+    module, x = Conv(3, 2), random(1, 4, 6, 3)
+    params = {'params': randomised(module, x)['params']}
+    few = module.apply(params, x, method='pooled')
+    monkeypatch.setattr(convolutions, 'MANY_CHANNELS', 3)
+    close(module.apply(params, x, method='pooled'), few)
 
 
 def test_max_pool_by_hand():
     x = jnp.array([[1.0, 2, 5, 0], [3, 0, -1, -2]]).reshape(1, 2, 4, 1)
-    assert layers.max_pool(x)[0, :, :, 0].tolist() == [[3, 5]]
+    assert convolutions.max_pool(x)[0, :, :, 0].tolist() == [[3, 5]]
 
 
 def test_products_are_computed_in_the_dtype_and_parameters_stay_float32():

@@ -186,3 +186,11 @@ def test_impossible_meshes(data, fsdp, words):
 def test_impossible_batches(data, fsdp, batch):
     with pytest.raises(UserError, match=f'A batch of {batch} sequences does not divide among'):
         sharding.batch_sharding(sharding.make_mesh(data, fsdp), batch)
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'fsdp', 'count'),
+    [(16, 1, 8), (6, 1, 6), (5, 1, 5), (7, 1, 7), (11, 1, 1), (6, 2, 6), (3, 2, 8)],
+)
+def test_cores_are_used_as_far_as_the_batch_can_be_dealt_out(batch_size, fsdp, count):
+    assert len(sharding.devices_for(batch_size, fsdp)) == count

@@ -66,3 +66,44 @@ def test_a_relative_cache_folder_does_not_count(environment, tmp_path):
     environment.setenv('XDG_CACHE_HOME', 'cache')
     environment.setenv('HOME', str(tmp_path))
     assert Path(kept_in()).is_relative_to(tmp_path / '.cache')
+
+
+def test_every_core_is_a_device(environment):
+    environment.setenv('JAX_NUM_CPU_DEVICES', '')  # so that it is restored in any case
+    for cores, devices in ((1, '1'), (3, '3'), (64, '4')):
+        environment.delenv('JAX_NUM_CPU_DEVICES')
+        environment.setattr(startup, '_cores', lambda cores=cores: cores)
+        startup.tune_cpu()
+        assert os.environ['JAX_NUM_CPU_DEVICES'] == devices
+    startup.tune_cpu()  # what is set already is left alone
+    assert os.environ['JAX_NUM_CPU_DEVICES'] == devices
+    environment.delenv('JAX_NUM_CPU_DEVICES')
+    environment.setenv('JAX_PLATFORMS', 'cuda')
+    startup.tune_cpu()
+    assert 'JAX_NUM_CPU_DEVICES' not in os.environ
+
+
+def test_cores_are_those_that_the_process_may_use():
+    code = 'import os; from dreamerv3_jax import startup; print(startup._cores())'
+    result = subprocess.run(
+        ['taskset', '-c', '0', sys.executable, '-c', code], capture_output=True, text=True
+    )
+    assert result.stdout == '1\n', result.stderr
+
+
+def test_freed_memory_is_returned():
+    code = (
+        'import ctypes, os\n'
+        'from dreamerv3_jax import startup\n'
+        "os.environ['JAX_PLATFORMS'] = 'cpu'\n"
+        'startup.tune_cpu()\n'
+        'def resident():\n'
+        "    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGESIZE')\n"
+        'x = bytearray(b"1" * 300_000_000)\n'
+        'del x\n'
+        'kept = resident()\n'
+        'startup.return_memory()\n'
+        'print(kept - resident() > 250_000_000)\n'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout == 'True\n', result.stderr

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 
+from dreamerv3_jax.nets.convolutions import Conv
 from dreamerv3_jax.nets.encoder import STAGES, flat_size, image_keys, vector_keys
-from dreamerv3_jax.nets.layers import MLP, BlockLinear, Conv, Hidden, Linear, RMSNorm, to_blocks
+from dreamerv3_jax.nets.layers import MLP, BlockLinear, Hidden, Linear, RMSNorm, to_blocks
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.types import Array
 

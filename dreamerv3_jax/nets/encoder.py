@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamerv3_jax.nets.layers import MLP, Conv, RMSNorm, max_pool
+from dreamerv3_jax.nets.convolutions import Conv
+from dreamerv3_jax.nets.layers import MLP, RMSNorm
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.transforms import symlog
 from dreamerv3_jax.types import Array
@@ -102,7 +103,6 @@ class Encoder(nn.Module):
     def _image(self, image: Array) -> Array:
         leading = image.shape[:-3]
         x = image.reshape(-1, *image.shape[-3:]).astype(self.dtype) * (1 / 255) - 0.5
-        for index, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
-            x = conv.pooled(x) if index == 0 else max_pool(conv(x))
-            x = nn.silu(norm(x))
+        for conv, norm in zip(self.conv, self.norm, strict=True):
+            x = nn.silu(norm(conv.pooled(x)))
         return x.reshape(*leading, -1)

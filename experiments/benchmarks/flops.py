@@ -29,8 +29,11 @@ def _count(jaxpr: core.Jaxpr) -> int:
         elif equation.primitive.name == 'conv_general_dilated':
             total += _convolution(equation)
         else:
-            inside = sum(map(_count, _inner(equation.params.values())))
-            if inside and equation.primitive.name in ('while', 'cond'):
+            counts = list(map(_count, _inner(equation.params.values())))
+            inside = sum(counts)
+            if equation.primitive.name == 'cond' and len(set(counts)) == 1:
+                inside = counts[0]  # the same whichever branch runs
+            elif inside and equation.primitive.name in ('while', 'cond'):
                 raise ValueError(f'How often the products in a {equation.primitive.name} run?')
             total += inside * equation.params.get('length', 1)
     return total

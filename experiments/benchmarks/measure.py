@@ -70,10 +70,13 @@ def spaces(kind: str) -> tuple[Any, Any]:
 
 
 def make_agent(size: str, kind: str) -> Any:
-    """The agent for these spaces."""
-    from dreamerv3_jax import Agent, load_config
+    """The agent for these spaces, on all devices."""
+    from dreamerv3_jax import Agent, load_config, sharding
 
-    return Agent.from_spaces(*spaces(kind), load_config(f'gymnasium:{size}').agent)
+    config = load_config(f'gymnasium:{size}')
+    devices = sharding.devices_for(config.replay.batch_size, config.mesh.fsdp)
+    mesh = sharding.make_mesh(devices=devices)
+    return Agent.from_spaces(*spaces(kind), config.agent, mesh)
 
 
 def random_arrays(specs: Any, leading: tuple[int, ...], rng: Any) -> dict[str, Any]:
@@ -148,7 +151,8 @@ def measure_policy(size: str, kind: str, count: int, runs: int) -> dict[str, Any
     import numpy as np
 
     agent, rng = make_agent(size, kind), np.random.default_rng(0)
-    params, state = agent.init(seed=0).params, agent.initial_policy_state(count)
+    params = agent.acting_params(agent.init(seed=0))
+    state = agent.initial_policy_state(count)
     observation = random_arrays(agent.observation_specs, (count,), rng)
     step = 0
 

@@ -27,9 +27,19 @@ def _window_max_pool(x: Any) -> Any:
 
 
 def _pooled(conv: Any, x: Any) -> Any:
-    from dreamerv3_jax.nets import encoder
+    from dreamerv3_jax.nets import convolutions
 
-    return encoder.max_pool(conv(x))
+    return convolutions.max_pool(conv(x))
+
+
+def _product(x: Any, kernel: Any) -> Any:
+    return x @ kernel
+
+
+def _convolve(x: Any, kernel: Any) -> Any:
+    from dreamerv3_jax.nets import convolutions
+
+    return convolutions._convolve(x, kernel)
 
 
 def _upsampled(conv: Any, x: Any) -> Any:
@@ -90,9 +100,23 @@ def _critic_loss(
 
 # name: (module, attribute, what takes its place)
 PATCHES: dict[str, tuple[str, str, Callable]] = {
-    'maximum of four slices for pooling': ('nets.encoder', 'max_pool', _window_max_pool),
-    'first convolution on space-to-depth images': ('nets.layers', 'Conv.pooled', _pooled),
-    'upsampling convolutions on the small image': ('nets.layers', 'Conv.upsampled', _upsampled),
+    'maximum of four slices for pooling': ('nets.convolutions', 'max_pool', _window_max_pool),
+    'first convolutions on space-to-depth images': (
+        'nets.convolutions',
+        'Conv.pooled',
+        _pooled,
+    ),
+    'upsampling convolutions on the small image': (
+        'nets.convolutions',
+        'Conv.upsampled',
+        _upsampled,
+    ),
+    "gradients of convolutions' kernels as products": (
+        'nets.convolutions',
+        'convolve',
+        _convolve,
+    ),
+    "gradients of layers' kernels in parts": ('nets.layers', 'product', _product),
     'hidden layers with a backward pass of their own': (
         'nets.layers',
         'normalised_silu',
@@ -107,6 +131,7 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
     'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
 }
 SETTINGS = {
+    'a device for each core': {'JAX_NUM_CPU_DEVICES': '1'},
     'settings of XLA': {'XLA_FLAGS': ' '},
     'settings of the allocator': {'MALLOC_PERTURB_': '0'},
 }
