@@ -574,7 +574,7 @@ def test_messages(tmp_path, capsys):
         'action: 3 choices',
         f'{sum(counts.values()):,} (nano)',
         f'dynamics {counts["dynamics"]:,}',
-        '4 cpu',
+        '8 cpu',
         'mesh data=1 fsdp=1',
         f'2,000 steps x {step_bytes:,} bytes = 0.00 GB of memory',
         'one update every 0.5 steps (train ratio 64), until 100 frames',
