@@ -31,10 +31,10 @@ def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Arra
 
 def _convolve_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    (x_gradient,) = jax.vjp(lambda x: _convolve(x, kernel), x)[1](gradient)
+    (x_gradient,) = jax.linear_transpose(lambda x: _convolve(x, kernel), x)(gradient)
 
     def plain(x: Array, gradient: Array) -> Array:
-        return jax.vjp(lambda kernel: _convolve(x, kernel), kernel)[1](gradient)[0]
+        return jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(gradient)[0]
 
     images = _images_per_chunk(x.shape)
     if images is None:
