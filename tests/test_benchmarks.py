@@ -98,6 +98,22 @@ def test_what_cannot_be_measured_is_refused_first(arguments):
 
 
 @pytest.mark.medium
+def test_products_whose_result_is_not_used_do_not_count():
+    def step(total, x):
+        x @ x
+        return total + x @ x @ x, None
+
+    operations = count(lambda x: jax.lax.scan(step, x[0], x)[0], (5, 4, 4))
+    assert operations == 5 * 2 * 2 * 4**3
+
+
+def test_a_product_in_every_branch_counts_once():
+    def choose(x):
+        return jax.lax.platform_dependent(x, cpu=lambda x: x.T @ x, default=lambda x: x @ x)
+
+    assert count(choose, (4, 4)) == 2 * 4**3
+
+
 def test_plain_forms_are_used_and_compute_the_same(monkeypatch, quick_compilation):
     from experiments.benchmarks import measure, plain
 

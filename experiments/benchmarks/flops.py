@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count(function: Callable, *arguments: Any) -> int:
-    """Operations of all matrix products and convolutions; everything elementwise is left out.
+    """Operations of all matrix products and convolutions whose results are used.
+
+    Everything elementwise is left out.
 
     Args:
       function: to be traced.
@@ -18,7 +21,9 @@ def count(function: Callable, *arguments: Any) -> int:
     Raises:
       ValueError: products in a loop of unknown length, or in a branch.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:
