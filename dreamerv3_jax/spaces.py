@@ -8,6 +8,7 @@ environment. NumPy only.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -54,7 +55,8 @@ class ArraySpec:
 
     def __str__(self) -> str:
         if self.kind == 'discrete':
-            return 'x'.join(map(str, self.classes)) + ' choices'
+            runs = ((n, len(list(same))) for n, same in itertools.groupby(self.classes))
+            return 'x'.join(f'{n}^{k}' if k > 1 else f'{n}' for n, k in runs) + ' choices'
         return 'x'.join(map(str, self.shape)) + (' image' if self.kind == 'image' else ' numbers')
 
 

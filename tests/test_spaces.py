@@ -23,6 +23,19 @@ def _flat_actions(adapter, rng, count):
     return actions
 
 
+@pytest.mark.parametrize(
+    ('spec', 'text'),
+    [
+        (ArraySpec('image', (64, 64, 3)), '64x64x3 image'),
+        (ArraySpec('continuous', (7,)), '7 numbers'),
+        (ArraySpec('discrete', (1,), (18,)), '18 choices'),
+        (ArraySpec('discrete', (6,), (3, 5, 5, 5, 2, 5)), '3x5^3x2x5 choices'),
+    ],
+)
+def test_description(spec, text):
+    assert str(spec) == text
+
+
 NESTED = spaces.Dict(
     {
         'b': spaces.Tuple([spaces.Discrete(3), spaces.Box(-1, 1, (2, 2))]),

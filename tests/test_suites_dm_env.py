@@ -180,6 +180,12 @@ class TestManipulation:
     def test_seeds(self):
         check_seeds('manipulation/reach_site', steps=10)
 
+    def test_poses_that_were_tried_are_not_told(self, caplog):
+        with make('manipulation/reach_site') as env:
+            for _ in range(20):
+                env.reset()
+        assert not caplog.records
+
     def test_vision(self, picture):
         kwargs = {'vision': True}
         with make('manipulation/reach_duplo', kwargs=kwargs) as env:

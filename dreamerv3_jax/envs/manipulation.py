@@ -5,6 +5,8 @@ Observes the arm, and besides it the positions of the things, or with `vision=Tr
 camera. Episodes are cut after ten seconds, which are 250 steps.
 """
 
+import logging
+
 import gymnasium
 
 from dreamerv3_jax.envs import dmc, mujoco  # dmc before dm_control: chooses the renderer
@@ -15,6 +17,10 @@ from dm_control import manipulation
 from dreamerv3_jax.errors import UserError, nearest
 
 _CAMERA = 'front_close'  # of all tasks, and their only one
+# Of the search for the arm's first pose, which then tries another one.
+logging.getLogger('absl').addFilter(
+    lambda record: not record.getMessage().startswith('Failed to converge after')
+)
 
 
 def make(
