@@ -139,6 +139,8 @@ class TestEnvPool:
             make_pool('envpool/CartPol-v1')
         with pytest.raises(UserError, match='no setting env.kwargs.max_episode_step; .*steps'):
             make_pool('envpool/CartPole-v1', kwargs={'max_episode_step': 5})
+        with pytest.raises(UserError, match='has 2 players'):
+            make_pool('envpool/ConnectFour-v1')
         with pytest.raises(UserError, match='no setting env.kwargs.seed'):
             make_pool('envpool/CartPole-v1', kwargs={'seed': 5})
         for vectorization in ('sync', 'async'):

@@ -47,7 +47,8 @@ def make_vector(
       **options: settings of EnvPool for this id.
 
     Raises:
-      UserError: there is no such id or setting, a library is missing, or actions cannot be held.
+      UserError: there is no such id or setting, a library is missing, there are several players, or
+        actions cannot be held.
     """
     known = envpool.list_all_envs()
     if name not in known:
@@ -67,6 +68,8 @@ def make_vector(
                 '; on Debian, apt-get install libqt5core5a libqt5gui5' if 'Qt5' in library else ''
             )
             raise UserError(f'envpool/{name} needs the library {library}{debian}.') from error
+        if (players := defaults['max_num_players']) > 1:
+            raise UserError(f'envpool/{name} has {players} players; choose an id that has one.')
         _check_options(name, options, [key for key in defaults if key not in _RESERVED])
         if repeat > 1:
             if origin != 'envpool.atari' or 'frame_skip' in options:
