@@ -40,8 +40,8 @@ def latest_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
-class NoRoom(UserError):
-    """The disk is too full for a checkpoint; those before it are whole."""
+class NotSaved(UserError):
+    """A checkpoint cannot be written, as on a full disk; those before it are whole."""
 
 
 class Saved(NamedTuple):
@@ -100,8 +100,7 @@ class Checkpointer:
         """Writes a checkpoint; when this returns it is complete on disk.
 
         Raises:
-          NoRoom: the disk is full, or its part for this user.
-          UserError: it cannot be written for another reason.
+          NotSaved: the disk is full, or it cannot be written for another reason.
         """
         if step in self._manager.all_steps():
             return
@@ -120,9 +119,15 @@ class Checkpointer:
                 self._manager.wait_until_finished()
             _write_checksums(self._folder / str(step))
         except (OSError, ValueError) as error:
+            # One that lacks its checksums only: the next ones would push whole ones out of the way.
+            shutil.rmtree(self._folder / str(step), ignore_errors=True)
+            with contextlib.suppress(OSError, ValueError), _silence():
+                self._manager.reload()
             full = re.search('no space left on device|quota exceeded', str(error), re.IGNORECASE)
-            kind, text = (NoRoom, full.group()) if full else (UserError, _one_line(error))
-            raise kind(f'Cannot write the checkpoint {self._folder / str(step)}: {text}') from error
+            reason = full.group() if full else _one_line(error)
+            raise NotSaved(
+                f'Cannot write the checkpoint {self._folder / str(step)}: {reason}'
+            ) from error
         finally:
             for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run
                 shutil.rmtree(path, ignore_errors=True)
@@ -290,9 +295,9 @@ def _silence() -> Iterator[None]:
             except Exception as error:
                 # Here ends what would end, and print, later.
                 warnings.simplefilter('ignore', RuntimeWarning)  # of coroutines left alone
-                time.sleep(0.5)
-                for thread in set(threading.enumerate()) - threads:
-                    thread.join(5)
+                deadline = time.monotonic() + 5
+                while set(threading.enumerate()) - threads and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 traceback.clear_frames(error.__traceback__)
                 gc.collect()
                 raise

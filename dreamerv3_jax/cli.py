@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: with code 143, after SIGTERM; the run was saved.
     """
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # it cannot encode every sign in every language
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
@@ -136,6 +137,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError:  # which the interpreter would tell of, as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _open_closed_streams() -> None:
+    """Replaces streams that were closed, or files of a run would get their numbers and what is
+    printed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
 
 
 def _run(arguments: list[str]) -> None:

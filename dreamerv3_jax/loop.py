@@ -329,7 +329,7 @@ class Trainer:
     def _try_to_save(self) -> None:
         try:
             self.save()
-        except checkpoint.NoRoom as error:
+        except checkpoint.NotSaved as error:
             self._progress.message(
                 f'{str(error).rstrip(".")}. Training goes on; the next attempt is in '
                 f'{self._config.run.checkpoint_every:g} seconds.'
@@ -339,8 +339,8 @@ class Trainer:
         """Writes a checkpoint.
 
         Raises:
-          NoRoom: the disk is full.
-          UserError: it cannot be written for another reason.
+          NotSaved: the disk is full, or it cannot be written for another reason.
+          UserError: too many updates in a row were skipped.
         """
         self._finish_update()
         replay = self._replay.state() if self._config.run.checkpoint_replay else None

@@ -75,7 +75,7 @@ def survive(folder: Path, kills: int, seed: int, on_disk: bool) -> None:
     command += [f'--config.replay.on_disk={on_disk}']
     for number in range(kills):
         moment = MOMENTS[number % len(MOMENTS)]
-        before = checkpoint.latest_step(folder / 'checkpoints')
+        before = newest_complete(folder)
         with (folder.parent / 'printed').open('w') as printed:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed
@@ -89,8 +89,7 @@ def survive(folder: Path, kills: int, seed: int, on_disk: bool) -> None:
         kept = check(folder, on_disk, before)
         print(f'{number + 1:3}  killed at {moment:10}  goes on at step {kept:,}', flush=True)
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL)
-    newest = checkpoint.latest_step(folder / 'checkpoints')
-    wait(process, folder, 'any', newest, rng)
+    wait(process, folder, 'any', newest_complete(folder), rng)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
 
@@ -107,20 +106,25 @@ def wait(
         while not condition() and process.poll() is None:
             time.sleep(0.001)
 
-    checkpoints = folder / 'checkpoints'
-    wait_for(lambda: checkpoint.latest_step(checkpoints) not in (before, None))
+    wait_for(lambda: newest_complete(folder) not in (before, None))
     if moment == 'checkpoint':
-        wait_for(lambda: any(checkpoints.glob('*.orbax-checkpoint-tmp*')))
+        wait_for(lambda: any((folder / 'checkpoints').glob('*.orbax-checkpoint-tmp*')))
         time.sleep(rng.uniform(0, 0.1))
     else:
         time.sleep(rng.uniform(0, 2 * INTERVAL))
+
+
+def newest_complete(folder: Path) -> int | None:
+    """Step of the newest checkpoint that is whole, down to its checksums, which come last."""
+    sums = (folder / 'checkpoints').glob(f'[0-9]*/{checkpoint.CHECKSUMS}')
+    return max((int(path.parent.name) for path in sums), default=None)
 
 
 def check(folder: Path, on_disk: bool, before: int | None) -> int:
     """Opens a copy of the run; returns the step that it goes on from."""
     from dreamerv3_jax.loop import Trainer
 
-    newest = checkpoint.latest_step(folder / 'checkpoints')
+    newest = newest_complete(folder)
     if newest is None:
         return 0
     assert before is None or newest >= before

@@ -1,6 +1,7 @@
 """Checkpoints: what comes back, and what is done about incomplete and damaged ones."""
 
 import contextlib
+import errno
 import gc
 import os
 import shutil
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamerv3_jax import checkpoint, sharding
-from dreamerv3_jax.checkpoint import Checkpointer, NoRoom, Saved, abstract_state, latest_step
+from dreamerv3_jax import checkpoint, durable, sharding
+from dreamerv3_jax.checkpoint import Checkpointer, NotSaved, Saved, abstract_state, latest_step
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.normalization import init_return_percentiles
 from dreamerv3_jax.train_state import TrainState
@@ -226,6 +227,24 @@ def test_a_checkpoint_is_on_the_disk_before_its_checksums(folder, monkeypatch):
     assert {*before, folder / '30' / 'checksums.json'} >= {folder, *(folder / '30').rglob('*')}
 
 
+def test_one_whose_checksums_do_not_fit_is_removed(folder, monkeypatch):
+    """Two of them would otherwise push the last whole one out of the way."""
+
+    def write(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpointer = Checkpointer(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, 'write', write)
+        for step in (30, 40):
+            with pytest.raises(NotSaved, match=f'{folder}/{step}: No space left on device'):
+                checkpointer.save(step, make_saved(step))
+    assert [path.name for path in folder.iterdir()] == ['20']
+    checkpointer.save(50, make_saved(50))
+    checkpointer.close()
+    assert sorted(path.name for path in folder.iterdir()) == ['20', '50']
+
+
 def test_a_step_before_the_newest_is_refused(folder):
     with pytest.raises(UserError, match='there is a later one already'):
         write(folder, 15)
@@ -273,7 +292,7 @@ def test_room_for_some_of_it(pages_left, small_disk, capfd):
     checkpointer = Checkpointer(small_disk.folder / 'checkpoints')
     checkpointer.save(10, saved)
     small_disk.fill(pages_left)
-    with pytest.raises(NoRoom, match='No space left on device'):
+    with pytest.raises(NotSaved, match='No space left on device'):
         checkpointer.save(20, saved)
     small_disk.empty()
     checkpointer.save(30, saved)
@@ -290,7 +309,7 @@ def test_any_room_that_is_too_little(small_disk, capfd):
     pages = 0
     while latest_step(small_disk.folder / 'checkpoints') is None:
         small_disk.fill(pages)
-        with contextlib.suppress(NoRoom):
+        with contextlib.suppress(NotSaved):
             checkpointer.save(10, make_saved(10))
         small_disk.empty()
         pages += 2

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -504,6 +505,17 @@ def test_process():
     assert result.stderr.splitlines() == [
         "dreamerv3-jax: There is no preset 'quickstrat'; did you mean 'quickstart'?"
     ]
+
+
+def test_closed_streams():
+    """Files that are opened later do not get their numbers, and what is printed."""
+    code = (
+        'import os; from dreamerv3_jax import cli\n'
+        'assert cli.main(["presets"]) == 0 and cli.main(["preset"]) == 2\n'
+        'assert os.open("/", os.O_RDONLY) > 2\n'
+    )
+    command = f'exec {shlex.join([sys.executable, "-c", code])} <&- >&- 2>&-'
+    assert subprocess.run(command, shell=True).returncode == 0
 
 
 def test_nobody_reads():

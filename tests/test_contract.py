@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import tiny_runs
 from test_suites import make, random_actions
 
 from dreamerv3_jax.envs.registry import SUITES
@@ -168,7 +169,7 @@ def check_episodes(history, limit):
     return cut, sum(deaths)
 
 
-def test_contract(case, monkeypatch):
+def test_contract(case, monkeypatch, quick_compilation):
     outside = watch_spaces(monkeypatch)
     with open_case(case, vectorization=vectorization(case)) as env:
         specs = env.observation_specs
@@ -178,11 +179,12 @@ def test_contract(case, monkeypatch):
     cut, deaths = check_episodes(history, case.limit)
     assert bool(cut) == bool(case.limit)
     assert bool(deaths) == case.dies
-    assert elsewhere(case) == {'digests': digests(history), 'left': []}
+    assert elsewhere(case, quick_compilation) == {'digests': digests(history), 'left': []}
     with open_case(case, seed=1, vectorization=vectorization(case)) as env:
         assert digests(play(env, 25)) != digests(history[:26]), 'the seed has no effect'
 
 
+@pytest.mark.usefixtures('quick_compilation')
 def test_action_repeat(case, monkeypatch):
     """Compares with the action given anew at every frame, up to the end of the episode."""
     if case.id.startswith('vizdoom/'):
@@ -237,7 +239,7 @@ def vectorization(case):
     return 'native' if suite and suite.vector else 'sync'
 
 
-def elsewhere(case):
+def elsewhere(case, folder):
     """Plays the same in another process, where sets and memory are in another order.
 
     Environments are in processes of their own there, where the trainer would put them.
@@ -252,9 +254,10 @@ def elsewhere(case):
     script.write_text(code)
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(root), str(root / 'tests')])
+    variables = tiny_runs.quick_variables(folder) | {'PYTHONPATH': path, 'PYTHONHASHSEED': '7'}
     result = subprocess.run(
         [sys.executable, script],
-        env={**os.environ, 'PYTHONPATH': path, 'PYTHONHASHSEED': '7'},
+        env=os.environ | variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

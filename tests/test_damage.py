@@ -25,7 +25,7 @@ def test_damages(quick_compilation, tmp_path):
     """In a process of its own, as orbax leaves much behind where it cannot read a file."""
     here = Path(__file__).parent
     variables = tiny_runs.quick_variables(quick_compilation)
-    variables |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{here.parent}{os.pathsep}{here}'}
+    variables |= {'PYTHONPATH': f'{here.parent}{os.pathsep}{here}'}
     result = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
         env=os.environ | variables,

@@ -41,7 +41,7 @@ def start(tmp_path, quick_compilation):
     def start(**changes):
         here = Path(__file__).parent
         variables = tiny_runs.quick_variables(quick_compilation)
-        variables |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{here.parent}{os.pathsep}{here}'}
+        variables |= {'PYTHONPATH': f'{here.parent}{os.pathsep}{here}'}
         process = subprocess.Popen(
             [sys.executable, '-c', SCRIPT, str(tmp_path), json.dumps(changes)],
             env=os.environ | variables,

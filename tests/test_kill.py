@@ -9,14 +9,17 @@ import tiny_runs
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize('on_disk', [False, True])
+@pytest.mark.parametrize(
+    'on_disk',
+    [pytest.param(True, marks=pytest.mark.medium), pytest.param(False, marks=pytest.mark.slow)],
+)
 def test_kills(on_disk, tmp_path, quick_compilation, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from experiments import kill_run
 
     for name, value in tiny_runs.quick_variables(quick_compilation).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '1')
     kill_run.survive(tmp_path / 'run', kills=3, seed=0, on_disk=on_disk)
 
 

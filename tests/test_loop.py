@@ -744,6 +744,23 @@ def test_a_full_disk_costs_checkpoints_only(small_disk, capsys):
     assert checkpoints() == ['20', '21']
 
 
+def test_a_disk_that_fails_costs_checkpoints_only(tmp_path, capsys):
+    config = counter_config(run__checkpoint_every=1e-9)
+    with tiny_runs.ticked(config, tmp_path, 3) as trainer:
+        trainer.save()
+        (tmp_path / 'checkpoints').rename(tmp_path / 'elsewhere')
+        (tmp_path / 'checkpoints').write_text('')  # where the folder was
+        trainer.tick()
+        trainer._try_to_save()
+        (tmp_path / 'checkpoints').unlink()
+        (tmp_path / 'elsewhere').rename(tmp_path / 'checkpoints')
+        trainer.tick()
+        trainer._try_to_save()
+    assert capsys.readouterr().out.count('Training goes on; the next attempt is in') == 1
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        assert trainer.counters['ticks'] == 5
+
+
 # Ctrl-C, and SIGTERM before a machine is taken away.
 
 
@@ -784,8 +801,6 @@ def test_interruption(number, code, vectorization, tmp_path, quick_compilation):
     )
     command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstart']
     variables = tiny_runs.quick_variables(quick_compilation) | {
-        'JAX_PLATFORMS': 'cpu',
-        'JAX_NUM_CPU_DEVICES': '4',
         'PYTHONPATH': os.path.dirname(__file__),
     }
     process = subprocess.Popen(

@@ -342,6 +342,7 @@ class TestCrafter:
             assert env.render().shape == (256, 256, 3)
 
 
+@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize(
     'preset', [name for name in presets.names() if '/' in presets.load_config(name).env.id]
 )
