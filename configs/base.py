@@ -62,7 +62,15 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
                 checkpoint_every=300.0,  # seconds
                 checkpoint_replay=True,
             ),
-            mesh=dict(data=-1, fsdp=1),
+            mesh=dict(  # of all devices, see docs/scaling.md
+                data=-1,  # groups of them that see different sequences; -1 takes all there are
+                fsdp=1,  # devices in a group, over which parameters and optimiser are spread
+            ),
+            hosts=dict(  # SLURM, Kubernetes and TPU pods need none of them
+                coordinator='',  # address:port of the first host
+                count=0,  # 0 means as they are found, or this one alone
+                index=0,  # of this one
+            ),
             agent=dict(
                 deter=deter,
                 hidden=hidden,
@@ -110,7 +118,8 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
                 momentum=0.9,
                 rms_decay=0.999,
                 rms_epsilon=1e-20,
-                compute_dtype='auto',
+                remat=False,  # slower updates in less memory
+                compute_dtype='auto',  # bfloat16 on accelerators, float32 on CPU
             ),
         )
     )

@@ -115,11 +115,11 @@ class Agent:
         stoch = jnp.zeros((count, config.stoch, config.classes), dtype)
         state = PolicyState(Latent(deter, stoch), zero_actions(self.action_specs, count))
         # Placed as the policy returns it: its second call must not compile again.
-        return sharding.local(self.mesh, state)
+        return jax.device_put(state, sharding.own_device(self.mesh))
 
     def acting_params(self, state: TrainState) -> Any:
         """Parameters for `policy`, whole on one device of this process, until the next update."""
-        return sharding.local(self.mesh, {name: state.params[name] for name in policy.NETWORKS})
+        return sharding.gather(self.mesh, {name: state.params[name] for name in policy.NETWORKS})
 
     def policy(
         self,
@@ -169,35 +169,43 @@ class Agent:
         )
 
     def compile_update(self, batch_size: int, batch_length: int) -> None:
-        """Compiles the update for batches of these shapes; otherwise its first call does."""
+        """Compiles the update for batches of these shapes, of all hosts; or its first call does."""
         self._compile(self.blank_batch(batch_size, batch_length))
 
     def _compile(self, batch: Batch) -> None:
         state = jax.eval_shape(lambda: self.init(0))
         state_sharding = sharding.state_sharding(self.mesh, state)
-        self._batch_sharding = sharding.batch_sharding(self.mesh, batch.reward.shape[0])
+        batch_sharding = sharding.batch_sharding(self.mesh, batch.reward.shape[0])
         self._compiled_update = sharding.compile_for(
             self._pure_update,
             sharding.abstract(state, state_sharding),
-            sharding.abstract(batch, self._batch_sharding),
-            out_shardings=(state_sharding, self._batch_sharding, sharding.replicated(self.mesh)),
+            sharding.abstract(batch, batch_sharding),
+            out_shardings=(state_sharding, batch_sharding, sharding.replicated(self.mesh)),
             donate=1,
         )
         startup.return_memory()
+
+    def send(self, batch: Batch) -> Batch:
+        """Starts to place a batch on the devices, for `update`. Where there are many hosts, each
+        has an equal part of the sequences."""
+        size = batch.reward.shape[0] * jax.process_count()
+        return sharding.send(batch, sharding.batch_sharding(self.mesh, size))
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, StoredLatent, Metrics]:
         """One update of everything, see `update.update`. Does not wait for the result.
 
         Args:
           state: is donated; do not use it again.
-          batch: [B, T + 1] steps, always of the same shapes.
+          batch: [B, T + 1] steps, always of the same shapes; may have been sent before.
 
         Returns:
           The new state, the latents [B, T, ...] to write back, and metrics {name: []}.
         """
+        if not isinstance(batch.reward, jax.Array):
+            batch = self.send(batch)
         if self._compiled_update is None:
             self._compile(batch)
-        return self._compiled_update(state, jax.device_put(batch, self._batch_sharding))
+        return self._compiled_update(state, batch)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of trained parameters by network; computed from shapes."""

@@ -1,6 +1,7 @@
 """What the commands of the command line share: how options are read and mistakes answered."""
 
 import argparse
+import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -51,7 +52,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f'{name!r} is one argument too many; options are written --name=value.')
         known = [string for action in self._actions for string in action.option_strings]
         key = settings.nearest_key(name.lstrip('-'), self._keys)
-        if key:
+        if key and not difflib.get_close_matches(name, known, cutoff=0.9):
             raise UserError(f'There is no option {name}; did you mean --config.{key}?')
         raise UserError(f'There is no option {name}{nearest(name, [*known, "--help"])}')
 

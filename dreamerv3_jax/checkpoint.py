@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import io
 import json
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dreamerv3_jax import durable
+from dreamerv3_jax import durable, hosts
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.train_state import TrainState
 
@@ -48,7 +49,7 @@ class Saved(NamedTuple):
     """What a checkpoint holds."""
 
     state: TrainState
-    replay: dict[str, Any] | None  # as from `Replay.state`
+    replay: dict[str, Any] | None  # as from `Replay.state`; each host saves arrays of its own names
     counters: dict[str, Any]  # JSON
 
 
@@ -107,20 +108,23 @@ class Checkpointer:
         items: dict[str, Any] = {'state': ocp.args.StandardSave(saved.state)}
         counters = saved.counters | {'layout': _layout(saved.state)}
         # Empty files, such as those of a replay before its first step, cannot be mapped.
-        if saved.replay is not None and all(x.size for x in saved.replay['arrays'].values()):
+        empty = saved.replay is None or not all(x.size for x in saved.replay['arrays'].values())
+        if saved.replay is not None and not any(hosts.gather(empty)):
             items['replay'] = _ArrayArgs(saved.replay['arrays'])
             counters['replay'] = saved.replay['metadata']
-            counters['arrays'] = _layout(saved.replay['arrays'])
+            layouts = hosts.gather(_layout(saved.replay['arrays']))
+            counters['arrays'] = {name: x for part in layouts for name, x in part.items()}
         items['counters'] = ocp.args.JsonSave(counters)
         try:
             with _silence():
                 if not self._manager.save(step, args=ocp.args.Composite(**items)):
                     raise OSError('there is a later one already')
                 self._manager.wait_until_finished()
-            _write_checksums(self._folder / str(step))
+            hosts.first(lambda: _write_checksums(self._folder / str(step)))
         except (OSError, ValueError) as error:
             # One that lacks its checksums only: the next ones would push whole ones out of the way.
-            shutil.rmtree(self._folder / str(step), ignore_errors=True)
+            if hosts.index() == 0:
+                shutil.rmtree(self._folder / str(step), ignore_errors=True)
             with contextlib.suppress(OSError, ValueError), _silence():
                 self._manager.reload()
             full = re.search('no space left on device|quota exceeded', str(error), re.IGNORECASE)
@@ -129,8 +133,9 @@ class Checkpointer:
                 f'Cannot write the checkpoint {self._folder / str(step)}: {reason}'
             ) from error
         finally:
-            for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run
-                shutil.rmtree(path, ignore_errors=True)
+            if hosts.index() == 0:
+                for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run
+                    shutil.rmtree(path, ignore_errors=True)
 
     def restore_state(self, abstract: TrainState) -> TrainState:
         """Reads the newest train state onto the shardings of `abstract`.
@@ -149,11 +154,15 @@ class Checkpointer:
           UserError: the checkpoint is of another agent, or none can be read.
         """
         newest, saved = self._newest(abstract, with_replay=True)
-        for step in self._manager.all_steps():
-            if step > newest:
-                damaged = self._folder / f'damaged-{step}'
-                shutil.rmtree(damaged, ignore_errors=True)  # of a damage before
-                (self._folder / str(step)).rename(damaged)
+
+        def put_away() -> None:
+            for step in self._manager.all_steps():
+                if step > newest:
+                    damaged = self._folder / f'damaged-{step}'
+                    shutil.rmtree(damaged, ignore_errors=True)  # of a damage before
+                    (self._folder / str(step)).rename(damaged)
+
+        hosts.first(put_away)
         with _silence():
             self._manager.reload()
         return saved
@@ -173,14 +182,23 @@ class Checkpointer:
             return (self._folder / str(step) / CHECKSUMS).exists()
 
         def warn(step: int, text: str) -> None:
-            logging.getLogger(__name__).warning(
-                'The checkpoint %s %s', self._folder / str(step), text
+            if hosts.index() == 0:
+                logging.getLogger(__name__).warning(
+                    'The checkpoint %s %s', self._folder / str(step), text
+                )
+
+        def candidates() -> list[int]:
+            return sorted(
+                sorted(self._manager.all_steps(), reverse=True), key=complete, reverse=True
             )
 
-        reason, steps = '', sorted(self._manager.all_steps(), reverse=True)
-        for step in sorted(steps, key=complete, reverse=True):
+        reason, steps = '', hosts.first(candidates)
+        for step in steps:
             try:
-                _check_checksums(self._folder / str(step), with_replay)
+                folder = self._folder / str(step)
+                damage = hosts.first(functools.partial(_damage, folder, with_replay))
+                if damage:
+                    raise ValueError(damage)
                 with _silence():
                     saved = self._read(step, abstract, with_replay)
             except (MemoryError, UserError, jax.errors.JaxRuntimeError):
@@ -247,19 +265,26 @@ def _write_checksums(folder: Path) -> None:
     durable.write(folder / CHECKSUMS, json.dumps([sums, _checksum_of(sums)], indent=2) + '\n')
 
 
-def _check_checksums(folder: Path, with_replay: bool) -> None:
+def _damage(folder: Path, with_replay: bool) -> str:
+    """Says what is damaged in a checkpoint with checksums; nothing if nothing is."""
     path = folder / CHECKSUMS
     if not path.exists():
-        return
+        return ''
     try:
         sums, own = json.loads(path.read_text())
     except ValueError:
         sums = own = None
     if own != _checksum_of(sums):
-        raise ValueError(f'{CHECKSUMS} is not as it was written.')
+        return f'{CHECKSUMS} is not as it was written.'
     for name, expected in sums.items():
-        if (with_replay or not name.startswith('replay/')) and _checksum(folder / name) != expected:
-            raise ValueError(f'{name} is not as it was written.')
+        if with_replay or not name.startswith('replay/'):
+            try:
+                found = _checksum(folder / name)
+            except OSError as error:
+                return _one_line(error)
+            if found != expected:
+                return f'{name} is not as it was written.'
+    return ''
 
 
 def _checksum_of(sums: Any) -> int:

@@ -68,6 +68,8 @@ class AgentConfig:
     momentum: float
     rms_decay: float
     rms_epsilon: float
+    # What is the same computation for more or less memory.
+    remat: bool  # gradients compute the inside of each network again instead of keeping it
     compute_dtype: str  # 'auto' (bfloat16 on accelerators, float32 on CPU), 'float32' or 'bfloat16'
 
     @classmethod
@@ -138,6 +140,6 @@ class AgentConfig:
 def _checked(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise UserError(f'agent.{name} takes {kind.__name__}, not {value!r}.')
     return value

@@ -2,25 +2,24 @@
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from dreamerv3_jax import checkpoint, envs, run_folder, sharding, steps
+from dreamerv3_jax import agreement, checkpoint, envs, hosts, run_folder, sharding, steps, summary
 from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.agreement import Told
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.interrupts import Interrupted, Interrupts
-from dreamerv3_jax.metrics import MetricWriter
+from dreamerv3_jax.learner import Learner
+from dreamerv3_jax.metrics import Means, MetricWriter
 from dreamerv3_jax.progress import ProgressLine, Timer
-from dreamerv3_jax.replay import Replay, bytes_per_step, check_memory
+from dreamerv3_jax.replay import Replay, check_memory
 from dreamerv3_jax.train_ratio import TrainRatio
-from dreamerv3_jax.types import Metrics, StoredLatent
 
-MOST_SKIPPED = 10  # updates in a row
 COUNTERS = (
     'ticks', 'steps', 'frames', 'episodes', 'updates', 'skipped', 'skipped_in_a_row', 'restarts',
 )  # fmt: skip
@@ -37,17 +36,19 @@ def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = '
     Raises:
       UserError: a setting, the environment or the folder does not allow the run.
     """
-    try:
-        with Trainer(config, Path(logdir), preset) as trainer:
-            trainer.run()
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        raise UserError(
-            f'The memory of the {jax.devices()[0].device_kind} is too small for {config.size}; '
-            f'choose a smaller size, as in --config={preset}:size12m, or spread it over more '
-            'devices with --config.mesh.fsdp.'
-        ) from error
+    hosts.connect(config.hosts)
+    with hosts.together():
+        try:
+            with Trainer(config, Path(logdir), preset) as trainer:
+                trainer.run()
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            raise UserError(
+                f'The memory of the {jax.devices()[0].device_kind} is too small for {config.size}; '
+                f'choose a smaller size, as in --config={preset}:size12m, spread it over more '
+                'devices with --config.mesh.fsdp, or take longer with --config.agent.remat.'
+            ) from error
 
 
 class Trainer:
@@ -56,21 +57,25 @@ class Trainer:
     def __init__(self, config: ml_collections.ConfigDict, logdir: Path, preset: str) -> None:
         """Builds everything, restores the newest checkpoint and prints what the run will be."""
         self._config, self._logdir = config, logdir
-        self._progress = ProgressLine(config.run.steps)
-        with contextlib.ExitStack() as self._opened:  # closes everything if the rest of it fails
-            self._build(preset)
-            self._opened = self._opened.pop_all()
+        # What follows from the seed by chance differs between hosts; the agent is the same.
+        own = run_folder.derived_seed(config.seed, 2**31 + hosts.index())
+        self._seed = own if hosts.index() else config.seed
+        self._progress = ProgressLine(config.run.steps, quiet=hosts.index() > 0)
         self._timer = Timer()
         self._interrupts = Interrupts(
             lambda: self._progress.message('Stopping after this update, to save a checkpoint ...')
         )
-        self._pending: tuple[Any, StoredLatent, Metrics] | None = None  # an update in flight
-        self._metrics: list[Metrics] = []  # of updates not yet logged
+        self._records: envs.Records | None = None
+        self._told = Told()
+        self._episodes = self._restarts = 0  # since then, here
+        self._logged = self._saved = time.monotonic()
+        with contextlib.ExitStack() as self._opened:  # closes everything if the rest of it fails
+            self._build(preset)
+            self._opened = self._opened.pop_all()
         self._returns = np.zeros(self._env.num_envs)
         self._lengths = np.zeros(self._env.num_envs, np.int64)
         self._policy_state = self._agent.initial_policy_state(self._env.num_envs)
-        self._records: envs.Records | None = None
-        self._acting_params: Any = None  # until the next update
+        self._logged = self._saved = time.monotonic()
 
     def __enter__(self) -> 'Trainer':
         return self
@@ -81,78 +86,110 @@ class Trainer:
 
     def _build(self, preset: str) -> None:
         config, logdir, opened = self._config, self._logdir, self._opened
+        run_folder.check_hosts(config)
         data, fsdp = config.mesh.data, config.mesh.fsdp
         devices = sharding.devices_for(config.replay.batch_size, fsdp) if data == -1 else None
         mesh = sharding.make_mesh(data, fsdp, devices)
-        # A new folder is not made before all else is known to be right.
-        lock = run_folder.Lock(logdir) if logdir.exists() else None
-        if lock:
-            opened.callback(lock.close)
-        resumed = checkpoint.latest_step(logdir / 'checkpoints')
-        if resumed is None:
-            run_folder.check_nothing_lost(logdir)
-        else:
-            run_folder.check(logdir, config)
+        sequences = hosts.share(config.replay.batch_size, 'replay.batch_size')
+        hosts.share(config.env.num_envs, 'env.num_envs')
+        resumed = hosts.first(self._look_into_folder)
         self._make_env(resumed or 0)
         observation_specs, action_specs = self._env.observation_specs, self._env.action_specs
         if resumed is not None:
-            run_folder.check_spaces(logdir, observation_specs, action_specs)
+            hosts.first(lambda: run_folder.check_spaces(logdir, observation_specs, action_specs))
         self._agent = Agent(observation_specs, action_specs, config.agent, mesh)
-        specs = steps.replay_specs(self._agent)
+        specs, capacity = steps.replay_specs(self._agent), config.replay.capacity // hosts.count()
         directory = logdir / 'replay' if config.replay.on_disk else None
-        check_memory(specs, config.replay.capacity, directory)
+        if directory and hosts.count() > 1:
+            directory /= f'{hosts.index()}-of-{hosts.count()}'
+        check_memory(specs, capacity, directory)
         sharding.batch_sharding(mesh, config.replay.batch_size)
-        lock = run_folder.create(logdir, config, observation_specs, action_specs, lock)
-        opened.callback(lock.close)
+        hosts.first(self._create_folder)
+        run_folder.check_shared(logdir)
         self._replay = Replay(
             specs,
-            capacity=config.replay.capacity,
+            capacity=capacity,
             streams=self._env.num_envs,
-            batch_size=config.replay.batch_size,
+            batch_size=sequences,
             batch_length=config.replay.batch_length,
             online=config.replay.online,
-            seed=config.seed,
+            seed=self._seed,
             directory=directory,
         )
-        self._ratio = TrainRatio(
-            config.replay.train_ratio, config.replay.batch_size * config.replay.batch_length
+        for line in summary.lines(config, logdir, preset, self._agent):
+            self._say(line)
+        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        self._learner = Learner(
+            self._agent,
+            self._agent.init(config.seed),
+            self._replay,
+            TrainRatio(
+                config.replay.train_ratio, config.replay.batch_size * config.replay.batch_length
+            ),
+            counters=self.counters,
+            timer=self._timer,
+            say=self._say,
         )
-        self._describe(preset, bytes_per_step(specs))
-        self._state = self._agent.init(config.seed)
         self._checkpointer = opened.enter_context(
             contextlib.closing(checkpoint.Checkpointer(logdir / 'checkpoints'))
         )
-        self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         if resumed is not None:
             self._restore()
             if self.counters['ticks'] != resumed:  # a damaged checkpoint was passed over
                 self._env.close()
                 self._make_env(self.counters['ticks'])
         self._progress.episodes = self.counters['episodes']
-        self._writer = opened.enter_context(
-            contextlib.closing(MetricWriter(logdir, resume_step=self.counters['frames']))
-        )
+        self._writer = Means() if hosts.index() else self._open_metrics()
         opened.callback(self._progress.close)
         self._show_messages()
         if resumed is not None:
-            self._progress.message(
+            self._say(
                 f'Going on at {self.counters["frames"]:,} frames and '
                 f'{self.counters["updates"]:,} updates; the environments start new episodes.'
             )
 
+    def _look_into_folder(self) -> int | None:
+        """Locks the folder, if it is there, and returns the step of its newest checkpoint."""
+        # A new folder is not made before all else is known to be right.
+        self._lock = run_folder.Lock(self._logdir) if self._logdir.exists() else None
+        if self._lock:
+            self._opened.callback(self._lock.close)
+        resumed = checkpoint.latest_step(self._logdir / 'checkpoints')
+        if resumed is None:
+            run_folder.check_nothing_lost(self._logdir)
+        else:
+            run_folder.check(self._logdir, self._config)
+        return resumed
+
+    def _create_folder(self) -> None:
+        specs = (self._agent.observation_specs, self._agent.action_specs)
+        lock = run_folder.create(self._logdir, self._config, *specs, lock=self._lock)
+        self._opened.callback(lock.close)
+
+    def _open_metrics(self) -> MetricWriter:
+        writer = MetricWriter(self._logdir, resume_step=self.counters['frames'])
+        return self._opened.enter_context(contextlib.closing(writer))
+
+    def _say(self, text: str) -> None:
+        """Says what all hosts know, once."""
+        if hosts.index() == 0:
+            self._progress.message(text)
+
     def _make_env(self, start: int) -> None:
         # Each start seeds its environments anew, or it would play the first episodes once more.
         seed = run_folder.derived_seed(self._config.seed, start)
-        self._env = self._opened.enter_context(envs.make(self._config.env, seed))
+        part = (hosts.index(), hosts.count())
+        self._env = self._opened.enter_context(envs.make(self._config.env, seed, part=part))
 
     def _restore(self) -> None:
-        saved = self._checkpointer.restore(checkpoint.abstract_state(self._state))
-        counters = self.counters | saved.counters
+        learner = self._learner
+        saved = self._checkpointer.restore(checkpoint.abstract_state(learner.state))
+        learner.state, counters = saved.state, dict(saved.counters)
         ratio = counters.pop('ratio')
-        self._state, self.counters = saved.state, counters
+        self.counters.update(counters)
         if saved.replay is not None:  # else the count starts anew when there is a batch again
-            self._replay.load_state(saved.replay)
-            self._ratio.load_state(ratio)
+            learner.feed.load_state(saved.replay)
+            learner.ratio.load_state(ratio)
 
     def run(self) -> None:
         """Ticks until the run is complete; saves at intervals and at the end.
@@ -163,83 +200,136 @@ class Trainer:
         """
         run = self._config.run
         if self.counters['frames'] >= run.steps:
-            self._progress.message(
+            self._say(
                 'The run is complete; go on with --config.run.steps above '
                 f'{self.counters["frames"]}.'
             )
             return
         started = time.monotonic()
-        self._progress.message('Compiling the update ...')
+        self._say('Compiling the update ...')
         self._agent.compile_update(self._config.replay.batch_size, self._config.replay.batch_length)
-        self._progress.message(f'Compiled in {time.monotonic() - started:.0f} s.')
+        self._say(f'Compiled in {time.monotonic() - started:.0f} s.')
         self._timer.restart()
-        logged = saved = time.monotonic()
+        self._logged = self._saved = time.monotonic()
         with self._interrupts.collected():
-            while self.counters['frames'] < run.steps and not self._interrupts.received:
+            while self.counters['frames'] < run.steps:
                 try:
                     self.tick()
                 except (UserError, Interrupted) as error:
-                    if not self._interrupts.explain(error):
+                    if self._told.failed or not self._interrupts.explain(error):
                         raise
                     break
-                now = time.monotonic()
                 self._progress.update(
                     self.counters['frames'], self.counters['updates'], self._timer.shares()
                 )
-                if now - logged >= run.log_every:
+                if self._stopped():  # where a tick was cut short on one host, all come here
+                    break
+                if self._told.log:
                     self.log()
-                    logged = now
-                if now - saved >= run.checkpoint_every:
+                if self._told.save:
                     with self._timer.section('checkpoint'):
                         self._try_to_save()
-                    saved = now
             self.log(final=True)
             try:
                 self.save()
             except UserError as error:
-                if not self._interrupts.received:
+                if not self._interrupts.received or hosts.count() > 1:
                     raise
                 self._progress.message(str(error))
         self._progress.close()
         if self._interrupts.received:
-            raise self._interrupts.exception()
-        self._progress.message(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
+            raise hosts.agreed(self._interrupts.exception())
+        self._say(f'Done. Evaluate with: dreamerv3-jax evaluate {self._logdir}')
 
     def tick(self) -> None:
         """One observation and one action of every environment, and the updates that are due."""
         if self._records is None:
+            self._agree()
             self._train()  # what was due when the run was stopped, before anything new
-            with self._timer.section('env'), self._interrupts.raised():
+            with self._environments():
                 self._records = self._env.reset()
+            self._agree()
         records = self._records
+        assert records is not None
         with self._timer.section('update'):
-            jax.block_until_ready(self._state.updates)
+            self._learner.wait()
         with self._timer.section('policy'):
-            if self._acting_params is None:
-                self._acting_params = self._agent.acting_params(self._state)
             self._policy_state, actions, latent = self._agent.policy(
-                self._acting_params,
+                self._learner.acting_params,
                 self._policy_state,
                 records.observation,
                 records.is_first,
-                seed=(self._config.seed, self.counters['ticks']),
+                seed=(self._seed, self.counters['ticks']),
             )
             actions, latent = jax.device_get((actions, latent))
+        # From here on the environments step, if in processes of their own; updates go on meanwhile.
+        with self._timer.section('env'):
+            self._env.start(actions)
         with self._timer.section('replay'):
             self._replay.add(steps.replay_step(records, actions, latent._asdict()))
         self.counters['ticks'] += 1
-        self.counters['steps'] += int(np.sum(~records.is_last))
+        self.counters['steps'] += self._told.steps
         self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
         self._train()
-        # The last update of this tick is still being computed while the environments step.
-        with self._timer.section('env'), self._interrupts.raised():
-            self._records, finals = self._env.step(actions)
+        with self._environments():
+            self._records, finals = self._env.finish()
         if finals is not None:
             with self._timer.section('replay'):
                 self._replay.add(steps.final_step(finals.records, self._agent), finals.streams)
             self._count_episodes(finals.streams, finals.records)
         self._show_messages()
         self._count_episodes(np.arange(self._env.num_envs), self._records)
+        self._agree()
+
+    @contextlib.contextmanager
+    def _environments(self) -> Iterator[None]:
+        """Waits for the environments; if that ends in an error, the other hosts hear of it."""
+        try:
+            with self._timer.section('env'), self._interrupts.raised():
+                yield
+        except (UserError, Interrupted) as error:
+            if hosts.count() > 1:
+                self._records = None
+                self._agree(failed=not self._interrupts.explain(error))
+                hosts.agreed(error)
+            raise
+
+    def _agree(self, *, failed: bool = False) -> None:
+        """Tells the other hosts what they have to know, and hears it from them.
+
+        Raises:
+          UserError: another host cannot go on.
+        """
+        now, run, received = time.monotonic(), self._config.run, self._interrupts.received
+        self._told = agreement.agree(
+            Told(
+                steps=0 if self._records is None else int(np.sum(~self._records.is_last)),
+                ready=self._replay.can_sample,
+                episodes=self._episodes,
+                restarts=self._restarts,
+                signal=received[0] if received else 0,
+                failed=failed,
+                log=now - self._logged >= run.log_every,
+                save=now - self._saved >= run.checkpoint_every,
+            )
+        )
+        self._episodes = self._restarts = 0
+        self.counters['episodes'] += self._told.episodes
+        self.counters['restarts'] += self._told.restarts
+        self._progress.episodes = self.counters['episodes']
+        if self._told.signal and not received:
+            received.append(self._told.signal)
+            self._say('Another host was told to stop; stopping to save a checkpoint ...')
+        if self._told.failed and not failed:
+            raise hosts.agreed(UserError('Another host cannot go on, and says why.'))
+
+    def _stopped(self) -> bool:
+        """Whether a signal came; of many hosts all stop, once all have heard of it."""
+        return bool(self._interrupts.received if hosts.count() == 1 else self._told.signal)
+
+    def _train(self) -> None:
+        if self._replay.can_sample if hosts.count() == 1 else self._told.ready:
+            self._learner.train(self.counters['steps'], self._stopped)
 
     def _show_messages(self) -> None:
         """Shows what there is to say, and counts the environments that were built again."""
@@ -247,60 +337,7 @@ class Trainer:
             for message in messages:
                 self._progress.message(message)
             messages.clear()
-        self.counters['restarts'] += self._env.pop_restarts()
-
-    def _train(self) -> None:
-        """Makes the updates that are due; those after an interrupt are due when the run goes on."""
-        if self._replay.can_sample:
-            due = self._ratio.due(self.counters['steps'])
-            while due and not self._interrupts.received:
-                self._update()
-                due -= 1
-            self._ratio.give_back(due)
-
-    def _update(self) -> None:
-        with self._timer.section('update'):
-            self._finish_update()
-        with self._timer.section('replay'):
-            sampled, index = self._replay.sample()
-        with self._timer.section('update'):
-            self._state, latents, metrics = self._agent.update(self._state, steps.to_batch(sampled))
-        self._acting_params = None
-        self._pending = (index, latents, metrics)
-        self._metrics.append(metrics)
-        self.counters['updates'] += 1
-
-    def _finish_update(self) -> None:
-        """Waits for the update in flight, and writes its latents to the replay.
-
-        Raises:
-          UserError: too many updates in a row were skipped.
-        """
-        if self._pending is None:
-            return
-        index, latents, metrics = self._pending
-        self._pending = None
-        if metrics['optimizer/skipped']:
-            self._count_skipped(jax.device_get(metrics))
-            return
-        self.counters['skipped_in_a_row'] = 0
-        self._replay.update_latents(index, np.asarray(latents.deter), np.asarray(latents.stoch))
-
-    def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
-        self.counters['skipped'] += 1
-        self.counters['skipped_in_a_row'] += 1
-        losses = [name for name in metrics if name.startswith('loss/') and name != 'loss/total']
-        names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
-        what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
-        if self.counters['skipped_in_a_row'] >= MOST_SKIPPED:
-            raise UserError(
-                f'{MOST_SKIPPED} updates in a row were skipped, as {what}; look for numbers of '
-                'extreme size in what the environment returns. The last checkpoint is kept.'
-            )
-        if self.counters['skipped_in_a_row'] == 1:
-            self._progress.message(
-                f'Update {self.counters["updates"]:,} is skipped, as {what}; nothing has changed.'
-            )
+        self._restarts += self._env.pop_restarts()
 
     def _count_episodes(self, streams: np.ndarray, records: envs.Records) -> None:
         first = streams[records.is_first]
@@ -308,28 +345,34 @@ class Trainer:
         self._returns[streams] += records.reward
         self._lengths[streams] += 1
         for stream in streams[records.is_last]:
-            self.counters['episodes'] += 1
+            self._episodes += 1
             self._progress.add_episode(float(self._returns[stream]))
             self._writer.add_episode(float(self._returns[stream]), int(self._lengths[stream]))
 
     def log(self, *, final: bool = False) -> None:
         """Writes the means since the last call, without waiting for the update in flight."""
-        done = self._metrics if final else self._metrics[:-1]
-        for metrics in jax.device_get(done):
-            skipped = {'optimizer/skipped': metrics['optimizer/skipped']}
-            self._writer.add(skipped if metrics['optimizer/skipped'] else metrics, 'train/')
-        self._metrics = self._metrics[len(done) :]
+        self._logged = time.monotonic()
+        measured = self._learner.take_metrics(final=final)
         self._writer.add(self._env.pop_logs(), 'episode/')
-        self._writer.add(self._timer.shares(), 'time/')
-        names = ('episodes', 'updates', 'skipped', 'restarts')
-        self._writer.add({name: self.counters[name] for name in names}, 'count/')
-        self._writer.write(self.counters['frames'])
+        everywhere = hosts.gather(self._writer.take())
+        if isinstance(self._writer, MetricWriter):
+            for metrics in measured:
+                self._writer.add(metrics, 'train/')
+            for taken in everywhere:
+                self._writer.put(taken)
+            self._writer.add(self._timer.shares(), 'time/')
+            names = ('episodes', 'updates', 'skipped', 'restarts')
+            self._writer.add({name: self.counters[name] for name in names}, 'count/')
+            self._writer.write(self.counters['frames'])
         self._timer.restart()
 
     def _try_to_save(self) -> None:
         try:
             self.save()
         except checkpoint.NotSaved as error:
+            if hosts.count() > 1:  # the others may have saved
+                raise
+            self._saved = time.monotonic()
             self._progress.message(
                 f'{str(error).rstrip(".")}. Training goes on; the next attempt is in '
                 f'{self._config.run.checkpoint_every:g} seconds.'
@@ -342,36 +385,11 @@ class Trainer:
           NotSaved: the disk is full, or it cannot be written for another reason.
           UserError: too many updates in a row were skipped.
         """
-        self._finish_update()
-        replay = self._replay.state() if self._config.run.checkpoint_replay else None
-        counters = {**self.counters, 'ratio': self._ratio.state()}
+        learner = self._learner
+        learner.finish()
+        replay = learner.feed.state() if self._config.run.checkpoint_replay else None
+        counters = {**self.counters, 'ratio': learner.ratio.state()}
         self._checkpointer.save(
-            self.counters['ticks'], checkpoint.Saved(self._state, replay, counters)
+            self.counters['ticks'], checkpoint.Saved(learner.state, replay, counters)
         )
-
-    def _describe(self, preset: str, step_bytes: int) -> None:
-        config, agent = self._config, self._agent
-        observations, actions = agent.observation_specs, agent.action_specs
-        counts = agent.parameter_counts()
-        devices = jax.devices()
-        per_update = (
-            config.replay.batch_size * config.replay.batch_length / config.replay.train_ratio
-        )
-        memory = step_bytes * config.replay.capacity / 1e9
-        rows = {
-            'run': f'{self._logdir} (preset {preset}, seed {config.seed})',
-            'environment': f'{config.env.id}, {self._env.num_envs} in parallel, '
-            f'repeat {config.env.repeat}',
-            'observation': ', '.join(f'{name}: {spec}' for name, spec in observations.items()),
-            'action': ', '.join(f'{name}: {spec}' for name, spec in actions.items()),
-            'parameters': f'{sum(counts.values()):,} ({config.size}): '
-            + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
-            'devices': f'{len(devices)} {devices[0].platform} ({devices[0].device_kind}), '
-            f'mesh data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}',
-            'replay': f'{config.replay.capacity:,} steps x {step_bytes:,} bytes = {memory:.2f} GB '
-            + ('on disk' if config.replay.on_disk else 'of memory'),
-            'training': f'one update every {per_update:g} steps '
-            f'(train ratio {config.replay.train_ratio:g}), until {config.run.steps:,} frames',
-        }
-        for name, text in rows.items():
-            self._progress.message(f'{name:12} {text}')
+        self._saved = time.monotonic()

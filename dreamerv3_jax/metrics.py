@@ -7,7 +7,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,49 @@ TENSORBOARD_HINT = (
 )
 
 
-class MetricWriter:
+class Means:
+    """Averages metrics by name.
+
+    Example:
+      >>> means = Means()
+      >>> means.add({'loss': 1.0})
+      >>> means.add({'loss': 3.0, 'entropy': 0.5})
+      >>> means.take()
+      {'loss': (4.0, 2), 'entropy': (0.5, 1)}
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing."""
+        self.messages: list[str] = []  # for the user; who has shown them takes them away
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Any], prefix: str = '') -> None:
+        """Adds values, anything that `float` takes, to the means of `prefix + name`."""
+        for name, value in metrics.items():
+            name = prefix + name
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def add_episode(self, score: float, length: int) -> None:
+        """Adds a finished episode to the means 'episode/score' and 'episode/length'."""
+        self.add({'score': score, 'length': length}, prefix='episode/')
+
+    def take(self) -> dict[str, tuple[float, int]]:
+        """Returns and forgets the sum and the count of every metric, for `put` of another one."""
+        taken = {name: (total, self._counts[name]) for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return taken
+
+    def put(self, taken: Mapping[str, Sequence[Any]]) -> None:
+        """Adds what `take` returned."""
+        for name, (total, count) in taken.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0) + count
+
+
+class MetricWriter(Means):
     """Averages metrics and writes the means to `metrics.jsonl` and to TensorBoard.
 
     Each line of the file is one flat JSON object with 'step', 'time' (seconds since the epoch) and
@@ -50,10 +92,8 @@ class MetricWriter:
           tensorboard: whether to write TensorBoard events too, if possible.
           clock: time in seconds since the epoch.
         """
-        self.messages: list[str] = []  # for the user; who has shown them takes them away
+        super().__init__()
         self._clock = clock
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / 'metrics.jsonl'
         if path.exists():
@@ -66,22 +106,9 @@ class MetricWriter:
         self._full = False  # the last line did not fit on the disk
         self._events = self._open_events(directory, resume_step) if tensorboard else None
 
-    def add(self, metrics: Mapping[str, Any], prefix: str = '') -> None:
-        """Adds values, anything that `float` takes, to the means of `prefix + name`."""
-        for name, value in metrics.items():
-            name = prefix + name
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def add_episode(self, score: float, length: int) -> None:
-        """Adds a finished episode to the means 'episode/score' and 'episode/length'."""
-        self.add({'score': score, 'length': length}, prefix='episode/')
-
     def write(self, step: int) -> dict[str, float]:
         """Writes the means since the last call, if there are any, and returns them."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        self._sums.clear()
-        self._counts.clear()
+        means = {name: total / count for name, (total, count) in self.take().items()}
         if not means:
             return means
         now = self._clock()

@@ -1,7 +1,8 @@
 """All networks of the agent as (init, apply) pairs: the boundary behind which flax stays."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -22,6 +23,7 @@ class Network(NamedTuple):
     """A module with its parameters taken out."""
 
     module: nn.Module
+    remat: bool = False  # gradients compute what is inside again, which need not be kept then
 
     def init(self, key: chex.PRNGKey, *inputs: Any) -> Params:
         """Creates parameters for inputs of these shapes."""
@@ -29,7 +31,10 @@ class Network(NamedTuple):
 
     def __call__(self, params: Params, *inputs: Any, method: str | None = None) -> Any:
         """Applies the module, or one of its methods, with the given parameters."""
-        return self.module.apply({'params': params}, *inputs, method=method)
+        apply: Callable = functools.partial(self.module.apply, method=method)
+        if self.remat:
+            apply = jax.checkpoint(apply)
+        return apply({'params': params}, *inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +83,14 @@ def make_networks(
     dtype = compute_dtype(config)
     stoch = config.stoch * config.classes
     state = (config.deter, stoch)
+    network = functools.partial(Network, remat=config.remat)
     encoder = Encoder(observation_specs, config.encoder_layers, config.units, config.depth, dtype)
 
     def head(layers: int, outputs: int, output_scale: float) -> Network:
-        return Network(Head(state, layers, config.units, outputs, output_scale, dtype))
+        return network(Head(state, layers, config.units, outputs, output_scale, dtype))
 
     return Networks(
-        dynamics=Network(
+        dynamics=network(
             RSSMCell(
                 deter=config.deter,
                 hidden=config.hidden,
@@ -98,8 +104,8 @@ def make_networks(
                 dtype=dtype,
             )
         ),
-        encoder=Network(encoder),
-        decoder=Network(
+        encoder=network(encoder),
+        decoder=network(
             Decoder(
                 specs=observation_specs,
                 deter=config.deter,
@@ -113,7 +119,7 @@ def make_networks(
         ),
         reward=head(config.reward_layers, config.bins, 0.0),
         continue_=head(config.continue_layers, 1, 1.0),
-        actor=Network(
+        actor=network(
             Actor(
                 action_specs,
                 state,

@@ -91,6 +91,7 @@ class ProgressLine:
         stream: TextIO | None = None,
         interval: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ) -> None:
         """Prepares; nothing is written yet.
 
@@ -99,7 +100,9 @@ class ProgressLine:
           stream: standard output by default.
           interval: seconds between lines where the stream is not a terminal.
           clock: time in seconds.
+          quiet: messages only.
         """
+        self._quiet = quiet
         self._total = total
         self._stream = sys.stdout if stream is None else stream
         self._terminal = self._stream.isatty() and os.environ.get('TERM') != 'dumb'
@@ -127,6 +130,8 @@ class ProgressLine:
           updates: so far.
           shares: from `Timer.shares`.
         """
+        if self._quiet:
+            return
         self._latest = (steps, updates, shares)
         if self._drawn is None or self._clock() - self._drawn >= self._interval:
             self._draw()

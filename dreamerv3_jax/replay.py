@@ -6,11 +6,12 @@ position* is its number in its stream, from 0 and never reused: a position kept 
 either still names the same record or is known to be overwritten.
 """
 
+import itertools
 import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -118,6 +119,11 @@ class Replay:
         return int(np.minimum(self._count, self._length).sum())
 
     @property
+    def streams(self) -> int:
+        """N."""
+        return len(self._count)
+
+    @property
     def can_sample(self) -> bool:
         """Whether the memory holds the steps of one batch, and one whole sequence."""
         return len(self) >= self._least and bool(self._starts().any())
@@ -221,18 +227,47 @@ class Replay:
         Raises:
           UserError: the state is that of a replay with another layout.
         """
-        arrays, metadata = state['arrays'], state['metadata']
-        for name, value in self._layout().items():
+        metadata = state['metadata']
+        self._check_layout(metadata, self._layout())
+        self.load_streams([state], first=0)
+        self._queue = deque((stream, position) for stream, position in metadata['queue'])
+        self._rng.bit_generator.state = metadata['rng']
+
+    def load_streams(self, states: Sequence[Mapping[str, Any]], first: int) -> None:
+        """Takes over streams of other replays, but not what they would have drawn next.
+
+        Args:
+          states: of these replays.
+          first: number of this replay's first stream, counted over all of their streams.
+
+        Raises:
+          UserError: they have another layout.
+        """
+        own = {number: row for row, number in enumerate(range(first, first + len(self._count)))}
+        numbers = itertools.count()
+        layout = {name: value for name, value in self._layout().items() if name != 'streams'}
+        for state in states:
+            arrays, metadata = state['arrays'], state['metadata']
+            self._check_layout(metadata, layout)
+            rows = [own.get(next(numbers)) for _ in arrays['count']]
+            for stream, row in enumerate(rows):
+                if row is not None:
+                    for name, ring in self._by_stream().items():
+                        ring[row, : arrays[name].shape[1]] = arrays[name][stream]
+                    self._count[row] = arrays['count'][stream]
+            self._queue.extend(
+                (rows[stream], position)
+                for stream, position in metadata['queue']
+                if rows[stream] is not None
+            )
+
+    def _check_layout(self, metadata: Mapping[str, Any], layout: Mapping[str, Any]) -> None:
+        for name, value in layout.items():
             if metadata[name] != value:
                 raise UserError(
                     f'The saved replay has {name} {metadata[name]}, but this run has {value}; '
                     'resume with the settings of the saved run or start in another --logdir.'
                 )
-        for name, ring in self._by_stream().items():
-            ring[:, : arrays[name].shape[1]] = arrays[name]
-        self._count[:] = arrays['count']
-        self._queue = deque((stream, first) for stream, first in metadata['queue'])
-        self._rng.bit_generator.state = metadata['rng']
 
     def _layout(self) -> dict[str, Any]:
         specs = sorted(self._specs.items())

@@ -13,14 +13,15 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from dreamerv3_jax import durable
+from dreamerv3_jax import durable, hosts
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.spaces import ArraySpec
 
 Specs = Mapping[str, ArraySpec]  # arrays of an observation or an action by name
 
-MAY_CHANGE = ('logdir', 'mesh.', 'run.', 'env.timeout')  # settings that a later start may change
+# Settings that a later start may change.
+MAY_CHANGE = ('logdir', 'mesh.', 'hosts.', 'run.', 'env.timeout', 'agent.remat')
 
 
 class Lock:
@@ -121,7 +122,8 @@ def read_config(logdir: Path) -> ml_collections.ConfigDict:
         checksum = settings.pop('checksum', None)  # an older version wrote none
         if checksum not in (None, _checksum(settings)):
             raise ValueError('it is not what was written')
-        settings['env'] = base.get_config().env.to_dict() | settings['env']  # of an older version
+        for group in ('env', 'hosts', 'agent'):  # of an older version
+            settings[group] = base.get_config()[group].to_dict() | settings.get(group, {})
         return ml_collections.ConfigDict(settings)
     except OSError as error:
         raise UserError(
@@ -144,6 +146,41 @@ def check_nothing_lost(logdir: Path) -> None:
         raise UserError(
             f'{logdir} holds a run without its {checkpoints.name}; bring them back to go on, or '
             'move the folder away to start anew.'
+        )
+
+
+def check_hosts(config: ml_collections.ConfigDict) -> None:
+    """Refuses hosts that were not started by the same command.
+
+    Raises:
+      UserError: with the first difference.
+    """
+    first, *others = hosts.gather(config.to_dict())
+    for index, other in enumerate(others, 1):
+        for key, expected, found in _differences(first, other):
+            if not key.startswith('hosts.'):
+                raise hosts.agreed(
+                    UserError(
+                        f'config.{key} is {expected} on host 0 and {found} on host {index}; give '
+                        'the same command on all hosts, or --config.hosts.count=1 to train on '
+                        'each of them alone.'
+                    )
+                )
+
+
+def check_shared(logdir: Path) -> None:
+    """Refuses hosts that do not all see the folder of the run.
+
+    Raises:
+      UserError: with the first that does not.
+    """
+    seen = hosts.gather((logdir / 'config.json').exists())
+    if not all(seen):
+        raise hosts.agreed(
+            UserError(
+                f'Host {seen.index(False)} does not see {logdir.absolute()}; choose a folder that '
+                'all hosts share with --config.logdir.'
+            )
         )
 
 
@@ -173,17 +210,26 @@ def derived_seed(seed: int, start: int) -> int:
 
 
 def _compare(logdir: Path, what: str, then: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = _flat(then), _flat(now)
     differences = [
-        f'{key}: {old.get(key, "absent")} then, {new.get(key, "absent")} now'
-        for key in sorted(old.keys() | new.keys())
-        if not key.startswith(MAY_CHANGE) and old.get(key) != new.get(key)
+        f'{key}: {old} then, {new} now'
+        for key, old, new in _differences(then, now)
+        if not key.startswith(MAY_CHANGE)
     ]
     if differences:
         raise UserError(
             f'{logdir} holds a run with other {what} ({"; ".join(differences)}); '
             f'choose another folder with --config.logdir, or the same {what}.'
         )
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Names whose values differ, and both values."""
+    old, new = _flat(one), _flat(other)
+    return [
+        (key, old.get(key, 'absent'), new.get(key, 'absent'))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _spaces(observation_specs: Specs, action_specs: Specs) -> dict[str, Any]:

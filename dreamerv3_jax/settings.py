@@ -33,6 +33,8 @@ _AT_LEAST = {
     'replay.batch_length': 2,
     'run.steps': 1,
     'mesh.fsdp': 1,
+    'hosts.count': 0,
+    'hosts.index': 0,
 }
 _AT_MOST = {
     'seed': MOST_SEED,
@@ -171,6 +173,18 @@ def _check_ranges(fields: dict[str, Any]) -> None:
     if devices < 1 and devices != -1:
         raise UserError(
             f'config.mesh.data must be a number of devices, or -1 for all, not {devices}.'
+        )
+    count, named = fields['hosts.count'], fields['hosts.coordinator']
+    if fields['hosts.index'] >= max(count, 1):
+        raise UserError(
+            f'config.hosts.index counts from 0 and must be below config.hosts.count={count}, '
+            f'not {fields["hosts.index"]}.'
+        )
+    if (count > 1) != bool(re.fullmatch(r'\S+:\d+', named)):
+        raise UserError(
+            'config.hosts.coordinator (address:port of the first host) and config.hosts.count go '
+            f'together, as in --config.hosts.coordinator=10.0.0.1:1234 --config.hosts.count=2; '
+            f'they are {named!r} and {count}.'
         )
     sequences = max(fields['env.num_envs'], fields['replay.batch_size'])
     least = sequences * (fields['replay.batch_length'] + 1)

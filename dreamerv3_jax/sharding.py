@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from dreamerv3_jax.errors import UserError
@@ -43,6 +44,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         raise UserError(
             f'mesh.data={data} times mesh.fsdp={fsdp} needs {data * fsdp} devices and there are '
             f'{len(devices)}; lower one of them.'
+        )
+    if data * fsdp < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise UserError(
+            f'mesh.data={data} times mesh.fsdp={fsdp} takes {data * fsdp} devices of '
+            f'{len(devices)}, but many hosts use all of theirs; leave mesh.data at -1.'
         )
     return jax.make_mesh(
         (data, fsdp), ('data', 'fsdp'), (AxisType.Auto,) * 2, devices=devices[: data * fsdp]
@@ -116,10 +122,38 @@ def split(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(whole(mesh, tree), state_sharding(mesh, tree))
 
 
-def local(mesh: Mesh, tree: Any) -> Any:
-    """Whole arrays on one device of this process: without a copy where they are there already."""
-    tree = jax.device_put(tree, replicated(mesh))
-    return tree if mesh.size == 1 else jax.tree.map(lambda x: x.addressable_data(0), tree)
+def own_device(mesh: Mesh) -> Any:
+    """Sharding that places arrays on one device of this process."""
+    return replicated(mesh) if mesh.size == 1 else SingleDeviceSharding(mesh.local_devices[0])
+
+
+def gather(mesh: Mesh, tree: Any) -> Any:
+    """Arrays of a state, whole on `own_device`: without a copy where they are there already."""
+    if mesh.size == 1:
+        return tree
+    if mesh.shape['fsdp'] > 1:
+        tree = jax.device_put(tree, replicated(mesh))
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def send(batch: Any, sharding: NamedSharding) -> Any:
+    """Starts to place rows on the devices; each process has those of its own devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: (
+            x if isinstance(x, jax.Array) else jax.make_array_from_process_local_data(sharding, x)
+        ),
+        batch,
+    )
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+    """The rows of an array that are on the devices of this process, as `send` takes them."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([shard.data for shard in shards])
 
 
 def compile_for(function: Callable, *arguments: Any, out_shardings: Any, donate: int) -> Callable:

@@ -122,14 +122,14 @@ MISTAKES = (
         'held = np.ones(position.shape, bool)  # [B, T]', 'test_replay.py',
     ),
     Mistake(
-        'latents never written', 'loop.py',
-        'self._replay.update_latents(index, np.asarray(latents.deter), np.asarray(latents.stoch))',
+        'latents never written', 'learner.py',
+        'self._replay.update_latents(index, *map(sharding.own_rows, latents))',
         'pass', 'test_corridor.py',
     ),
     Mistake(
-        'acting with the first parameters', 'loop.py',
-        'self._state.params,\n',
-        "self.__dict__.setdefault('_old', jax.tree.map(np.array, self._state.params)),\n",
+        'acting with the first parameters', 'learner.py',
+        'self._acting_params = None\n',
+        'self._acting_params = jax.tree.map(np.array, self._acting_params)\n',
         'test_corridor.py',
     ),
     Mistake(

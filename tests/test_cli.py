@@ -134,6 +134,14 @@ def mistake(capsys, *arguments):
         ('train --config=quickstart --config.agent.return_low_percentile=99', 'must be below'),
         ('train --config=quickstart --config.agent.return_high_percentile=950', 'in 0 to 100.'),
         ('train --config=quickstart --config.seed=4294967296', 'at most 4294967295'),
+        ('train --config=quickstart --config.agent.remat=2', 'takes true or false'),
+        ('train --config=quickstart --config.hosts.count=2', 'go together, as in --config.hosts'),
+        ('train --config=quickstart --config.hosts.coordinator=a:1', "are 'a:1' and 0."),
+        (
+            'train --config=quickstart --config.hosts.coordinator=a --config.hosts.count=2',
+            'address:port',
+        ),
+        ('train --config=quickstart --config.hosts.index=1', 'below config.hosts.count=0, not 1.'),
         ('train --config=gymnasium', 'Name the environment'),
         # Evaluation.
         ('evaluate', 'Name the run folder'),

@@ -60,7 +60,8 @@ def run(tmp_path_factory):
         for name in ('add', 'sample', 'update_latents'):
             recorded(patch, Replay, name, calls)
         with loop.Trainer(corridor.config(), folder, 'corridor') as trainer:
-            recorded(patch, type(trainer._env), 'step', calls)
+            recorded(patch, type(trainer._env), 'start', calls)
+            recorded(patch, type(trainer._env), 'finish', calls)
             for _ in range(30):
                 trainer.tick()
             trainer.save()
@@ -105,16 +106,28 @@ def test_every_call_of_the_policy_has_its_own_seed(run):
 
 
 def test_actions_reach_the_environments_and_observations_the_policy(run):
-    calls = of(run, 'policy', 'step')
-    assert [call.name for call in calls] == ['policy', 'step'] * 30
-    for acting, step, after in zip(calls[::2], calls[1::2], calls[2::2], strict=False):
-        equal(step.arguments[0], acting.result[1])
-        equal(after.arguments[2], step.result[0].observation)
-        equal(after.arguments[3], step.result[0].is_first)
+    calls = of(run, 'policy', 'start', 'finish')
+    assert [call.name for call in calls] == ['policy', 'start', 'finish'] * 30
+    acting, starts, finishes = calls[::3], calls[1::3], calls[2::3]
+    for act, start, finish, after in zip(acting, starts, finishes, acting[1:], strict=False):
+        equal(start.arguments[0], act.result[1])
+        equal(after.arguments[2], finish.result[0].observation)
+        equal(after.arguments[3], finish.result[0].is_first)
+
+
+def test_everything_but_acting_is_done_while_environments_step(run):
+    order = [call.name for call in of(run, 'policy', 'start', 'add', 'sample', 'update', 'finish')]
+    for name in ('add', 'sample', 'update'):
+        places = [place for place, found in enumerate(order) if found == name]
+        assert len(places) > 10
+        for place in places:
+            start = place - order[place::-1].index('start')
+            assert not {'finish', 'policy'} & set(order[start:place])
 
 
 def test_batches_are_what_was_sampled(run):
-    for sample, update in zip(of(run, 'sample'), of(run, 'update'), strict=True):
+    *samples, ahead = of(run, 'sample')
+    for sample, update in zip(samples, of(run, 'update'), strict=True):
         batch, drawn = update.arguments[1], sample.result[0]
         for name in ('reward', 'is_first', 'is_last', 'is_terminal', 'deter', 'stoch'):
             equal(getattr(batch, name), drawn[name])
@@ -125,15 +138,18 @@ def test_batches_are_what_was_sampled(run):
 
 def test_latents_are_written_back_to_where_they_were_sampled(run):
     samples, updates, written = (of(run, name) for name in ('sample', 'update', 'update_latents'))
+    del samples[-1]  # for the next update
     assert len(written) == len(updates) > 10
     for sample, update, write in zip(samples, updates, written, strict=True):
         index, deter, stoch = write.arguments
         equal(index, sample.result[1])
         equal(deter, update.result[1].deter)
         equal(stoch, update.result[1].stoch)
-    # Before the next batch is drawn, so that it starts from the newest latents.
-    order = [call.name for call in of(run, 'sample', 'update_latents')]
-    assert order == ['sample', 'update_latents'] * len(updates)
+    # Each batch is drawn while an update is under way; the one before was written back by then.
+    order = [call.name for call in of(run, 'sample', 'update', 'update_latents')]
+    first = ['sample', 'update', 'sample', 'update']
+    turns = ['update_latents', 'sample', 'update'] * (len(updates) - 2)
+    assert order == [*first, *turns, 'update_latents', 'sample', 'update_latents']
 
 
 # Evaluation.

@@ -38,9 +38,11 @@ def test_damages(quick_compilation, tmp_path):
 
 def contents(trainer):
     """All that a run goes on from."""
-    replay = trainer._replay.state()
+    replay = trainer._learner.feed.state()
     return jax.tree.map(
-        np.array, (trainer._state, replay['arrays'], dict(trainer.counters)), is_leaf=np.isscalar
+        np.array,
+        (trainer._learner.state, replay['arrays'], dict(trainer.counters)),
+        is_leaf=np.isscalar,
     ), replay['metadata']
 
 
@@ -72,7 +74,7 @@ def make_run(config, run):
         for _ in range(2):
             for _ in range(25):
                 trainer.tick()
-            trainer._finish_update()
+            trainer._learner.finish()
             trainer.log()
             trainer.save()
             saved.append(contents(trainer))

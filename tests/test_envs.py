@@ -190,6 +190,18 @@ def test_records_are_not_overwritten(vectorization):
     assert second.reward.tolist() == [11, 11]
 
 
+def test_environments_in_processes_step_while_nobody_waits():
+    with make('toy_envs:Slow', vectorization='async') as env:
+        env.reset()
+        env.start({'action': np.zeros((2, 2), np.float32)})
+        time.sleep(0.6)
+        started = time.monotonic()
+        records, _ = env.finish()
+        assert time.monotonic() - started < 0.2
+        (picture,) = records.observation.values()
+        assert picture.min() == 7
+
+
 def test_final_observation_survives_an_environment_that_reuses_its_array():
     class Reuser(gymnasium.Env):
         observation_space = gymnasium.spaces.Box(-9, 9, (1,))

@@ -139,12 +139,12 @@ def test_the_newest_checkpoint_is_played(tmp_path):
     with tiny_runs.ticked(config, tmp_path, 1) as trainer:
         for best in (1, 2):
             trainer.tick()
-            params = dict(trainer._state.params)
+            params = dict(trainer._learner.state.params)
             bias = jax.nn.one_hot(best, CHOICES)
             params['actor'] = params['actor'] | {
                 'logits_action': params['actor']['logits_action'] | {'bias': bias}
             }
-            trainer._state = trainer._state.replace(params=params)
+            trainer._learner.state = trainer._learner.state.replace(params=params)
             trainer.save()
     result = evaluate(tmp_path, episodes=4)
     lengths = np.array(result['lengths'])

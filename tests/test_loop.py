@@ -125,10 +125,10 @@ class Spy:
         self.trainer = trainer
         self.latents = {}  # by name, [2, records, ...]
         self.policy_calls = 0
-        self._params = trainer._state.params
+        self._params = trainer._learner.state.params
         self._act, self._update = trainer._agent.policy, trainer._agent.update
         self._sample = trainer._replay.sample
-        self._pending = None
+        self._drawn, self._made = [], []  # batches not yet used, and updates not written back
         monkeypatch.setattr(trainer._agent, 'policy', self.policy)
         monkeypatch.setattr(trainer._agent, 'update', self.update)
         monkeypatch.setattr(trainer._replay, 'sample', self.sample)
@@ -143,34 +143,34 @@ class Spy:
         return result
 
     def sample(self):
-        self.write_back()
-        batch, self._index = self._sample()
+        """Is called while an update is under way; those before have to be written back by now."""
+        self.write_back(but=1)
+        batch, index = self._sample()
+        self._drawn.append(index)
         for name in ('deter', 'stoch'):
-            before = np.stack(self.latents[name], 1)[self._index.stream, self._index.first]
+            before = np.stack(self.latents[name], 1)[index.stream, index.first]
             np.testing.assert_array_equal(batch[name], before)
         data = stored(self.trainer)
-        for row, (stream, first) in enumerate(zip(*self._index, strict=True)):
+        for row, (stream, first) in enumerate(zip(*index, strict=True)):
             count = data['observation/count'][stream, first : first + STEPS + 1]
             np.testing.assert_array_equal(batch['observation/count'][row], count)
         assert not batch['is_first'][batch['observation/count'][..., 1] != 0].any()
-        return batch, self._index
+        return batch, index
 
     def update(self, state, batch):
         result = self._update(state, batch)
         self._params = result[0].params
-        self._pending = (self._index, jax.tree.map(np.array, result[1]))
+        self._made.append((self._drawn.pop(0), jax.tree.map(np.array, result[1])))
         return result
 
-    def write_back(self):
+    def write_back(self, but=0):
         """Does what the trainer must have done by now."""
-        if self._pending is None:
-            return
-        index, latents = self._pending
-        for row, (stream, first) in enumerate(zip(*index, strict=True)):
-            for step in range(STEPS):
-                for name, value in latents._asdict().items():
-                    self.latents[name][first + 1 + step][stream] = value[row, step]
-        self._pending = None
+        while len(self._made) > but:
+            index, latents = self._made.pop(0)
+            for row, (stream, first) in enumerate(zip(*index, strict=True)):
+                for step in range(STEPS):
+                    for name, value in latents._asdict().items():
+                        self.latents[name][first + 1 + step][stream] = value[row, step]
 
 
 @pytest.mark.medium
@@ -187,8 +187,8 @@ def test_training_ticks(tmp_path, monkeypatch):
                 first_steps = steps
             expected = 0 if first_steps is None else due(steps, first_steps, ratio)
             updates.append(trainer.counters['updates'])
-            assert updates[-1] == expected == int(trainer._state.updates)
-        trainer._finish_update()
+            assert updates[-1] == expected == int(trainer._learner.state.updates)
+        trainer._learner.finish()
         spy.write_back()
         data = stored(trainer)
     assert spy.policy_calls == 45 and max(np.diff(updates)) == 2 and updates[-1] > 20
@@ -226,7 +226,7 @@ def test_runs_are_deterministic(tmp_path, fresh_agents):
     for name in ('one', 'other'):
         with Trainer(config, tmp_path / name, 'tiny') as trainer:
             trainer.run()
-            finals.append((jax.tree.map(np.array, trainer._state), stored(trainer)))
+            finals.append((jax.tree.map(np.array, trainer._learner.state), stored(trainer)))
     one, other = (tiny_runs.read_metrics(tmp_path / name) for name in ('one', 'other'))
     assert one == other and one[-1]['count/updates'] > 200
     losses = [line['train/loss/total'] for line in one if 'train/loss/total' in line]
@@ -244,7 +244,10 @@ def test_resume(on_disk, tmp_path, capsys):
     with Trainer(config, folder, 'tiny') as trainer:
         trainer.run()
         before, data = dict(trainer.counters), stored(trainer)
-        state, ratio = jax.tree.map(np.array, trainer._state), trainer._ratio.state()
+        state, ratio = (
+            jax.tree.map(np.array, trainer._learner.state),
+            trainer._learner.ratio.state(),
+        )
     assert 60 <= before['frames'] < 62 and before['updates'] > 20
     rings = {path.name for path in (folder / 'replay').glob('*')} if on_disk else set()
     assert ('deter.ring' in rings) == on_disk
@@ -256,8 +259,8 @@ def test_resume(on_disk, tmp_path, capsys):
     config.run.steps = 100
     with Trainer(config, folder, 'tiny') as trainer:
         assert trainer.counters == before
-        assert trainer._ratio.state() == ratio
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer._state), state)
+        assert trainer._learner.ratio.state() == ratio
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer._learner.state), state)
         for name, value in stored(trainer).items():
             np.testing.assert_array_equal(value, data[name])
         assert (folder / 'metrics.jsonl').read_text() == lines
@@ -439,7 +442,7 @@ def test_who_waited_while_another_process_trained_sees_its_run(tmp_path, monkeyp
     tmp_path.joinpath('run').mkdir()
     make = envs.make
 
-    def train_elsewhere(config, seed):
+    def train_elsewhere(config, seed, part):
         with pytest.raises(UserError, match='is in use by process'):
             run_folder.Lock(tmp_path / 'run')
         return make(config, seed)
@@ -452,7 +455,7 @@ def test_who_waited_while_another_process_trained_sees_its_run(tmp_path, monkeyp
 def test_who_found_no_folder_does_not_begin_over_another_run(tmp_path, monkeypatch):
     make = envs.make
 
-    def train_elsewhere(config, seed):
+    def train_elsewhere(config, seed, part):
         monkeypatch.setattr(envs, 'make', make)
         with tiny_runs.ticked(counter_config(), tmp_path / 'run', 3) as trainer:
             trainer.save()
@@ -695,7 +698,9 @@ def test_every_loss_is_named(tmp_path, capsys):
         names = sorted(update.loss_scales(trainer._agent.observation_specs, trainer._agent.config))
         for name in [*names, None]:
             losses = {f'loss/{other}': 0.0 if other != name else np.nan for other in names}
-            trainer._count_skipped(losses | {'loss/total': np.nan, 'optimizer/skipped': 1.0})
+            trainer._learner._count_skipped(
+                losses | {'loss/total': np.nan, 'optimizer/skipped': 1.0}
+            )
             trainer.counters['skipped_in_a_row'] = 0
         assert trainer.counters['skipped'] == len(names) + 1 == 10
     out = capsys.readouterr().out
@@ -713,7 +718,7 @@ def test_too_many_skipped_updates_stop_the_run_and_keep_the_checkpoint(tmp_path,
         assert trainer.counters['updates'] == 14
     with Trainer(config, tmp_path, 'tiny') as trainer:
         assert 4 <= trainer.counters['updates'] < 14
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(trainer._state))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(trainer._learner.state))
 
 
 @pytest.mark.medium
@@ -824,7 +829,7 @@ def test_interruption(number, code, vectorization, tmp_path, quick_compilation):
     updates = tiny_runs.read_metrics(folder)[-1]['count/updates']
     assert checkpoint.latest_step(folder / 'checkpoints')
     with Trainer(config, folder, 'tiny') as trainer:
-        assert trainer.counters['updates'] == updates == int(trainer._state.updates) > 0
+        assert trainer.counters['updates'] == updates == int(trainer._learner.state.updates) > 0
         assert len(trainer._replay) > BATCH_STEPS
 
 

@@ -52,6 +52,19 @@ def test_means_since_the_last_line(tmp_path):
     assert read_lines(tmp_path / 'run')[1:] == [{'step': 20, 'time': 101.235, 'loss': 7.0}]
 
 
+def test_means_of_several_hosts_weigh_every_value_alike(tmp_path):
+    writer, other = make_writer(tmp_path), metrics.Means()
+    writer.add({'score': 1.0, 'own': 5.0})
+    for score in (2.0, 6.0):
+        other.add({'score': score, 'log': score})
+    everywhere = json.loads(json.dumps([writer.take(), other.take()]))  # how they travel
+    assert (writer.take(), other.take()) == ({}, {})
+    for taken in everywhere:
+        writer.put(taken)
+    assert writer.write(1) == {'score': 3.0, 'own': 5.0, 'log': 4.0}
+    writer.close()
+
+
 def test_episode_means(tmp_path):
     writer = make_writer(tmp_path)
     writer.add_episode(score=3.0, length=10)

@@ -26,7 +26,7 @@ def commands(page=README):
     text = '\n'.join(block for name in ('bash', 'sh', 'console') for block in blocks(name, page))
     lines = text.replace('\\\n', ' ').splitlines()
     words = [shlex.split(line.removeprefix('$ '), comments=True) for line in lines]
-    return [line[1:] for line in words if line and line[0] == PROGRAM]
+    return [line[line.index(PROGRAM) + 1 :] for line in words if PROGRAM in line]
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,14 @@ def test_table_of_suites(trained, capsys):
     for row in rows:
         assert cli.main(['train', *row.split()]) == 0, f'{row}: {capsys.readouterr().err}'
     assert {preset for _, _, preset in trained} == {*presets.names()} - {'quickstart'}
+
+
+def test_commands_for_many_devices(trained, capsys):
+    shown = commands((ROOT / 'docs/scaling.md').read_text())
+    assert len(shown) >= 7
+    for arguments in shown:
+        assert cli.main(arguments) == 0, f'{arguments}: {capsys.readouterr().err}'
+    assert [config.hosts.count for config, *_ in trained][-1] == 4
 
 
 def test_links():

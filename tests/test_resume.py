@@ -16,7 +16,8 @@ import tiny_runs
 
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.interrupts import Interrupted
-from dreamerv3_jax.loop import MOST_SKIPPED, Trainer
+from dreamerv3_jax.learner import MOST_SKIPPED
+from dreamerv3_jax.loop import Trainer
 
 TICKS, LENGTH = 72, 3
 
@@ -32,14 +33,14 @@ def clockwork_config(**changes):
 
 def everything(trainer):
     """All that a run is, apart from its environments."""
-    trainer._finish_update()
-    replay = trainer._replay.state()
+    trainer._learner.finish()
+    replay = trainer._learner.feed.state()
     return (
-        jax.tree.map(np.array, trainer._state),
+        jax.tree.map(np.array, trainer._learner.state),
         {name: array.copy() for name, array in replay['arrays'].items()},
         replay['metadata'],
         dict(trainer.counters),
-        trainer._ratio.state(),
+        trainer._learner.ratio.state(),
     )
 
 
@@ -62,8 +63,8 @@ def play(config, folder, stops=(), interrupted=False):
                 trainer.save()
             trainer = Trainer(config, folder, 'tiny')
             if interrupted:
-                assert before._ratio._credit >= 1
-                records, _ = env.step(jax.device_get(before._policy_state.action))
+                assert before._learner.ratio._credit >= 1
+                records, _ = env.finish()
                 env.reset = lambda records=records: records
                 trainer._env.close()
                 trainer._env, trainer._policy_state = env, before._policy_state
@@ -72,14 +73,14 @@ def play(config, folder, stops=(), interrupted=False):
 
 
 def interrupt_after(trainer, updates):
-    make_update, last = trainer._update, trainer.counters['updates'] + updates
+    make_update, last = trainer._learner.update, trainer.counters['updates'] + updates
 
     def update():
         make_update()
         if trainer.counters['updates'] == last:
             trainer._interrupts.received.append(15)
 
-    trainer._update = update
+    trainer._learner.update = update
 
 
 def assert_equal(found, expected):
@@ -142,7 +143,7 @@ def test_skipped_updates_in_a_row_are_counted_across_stops(tmp_path):
     config = clockwork_config()
     with tiny_runs.ticked(config, tmp_path, 4) as trainer:
         skipped = {'loss/reward': np.float32(np.nan), 'optimizer/skipped': np.float32(1)}
-        trainer._pending = (None, None, skipped)
+        trainer._learner._pending = (None, None, skipped)
         trainer.save()
     with Trainer(config, tmp_path, 'tiny') as trainer:
         assert trainer.counters['skipped_in_a_row'] == trainer.counters['skipped'] == 1
@@ -151,6 +152,6 @@ def test_skipped_updates_in_a_row_are_counted_across_stops(tmp_path):
         trainer.counters['ticks'] += 1
         trainer.save()
     with Trainer(config, tmp_path, 'tiny') as trainer:
-        trainer._pending = (None, None, skipped)
+        trainer._learner._pending = (None, None, skipped)
         with pytest.raises(UserError, match='in a row were skipped'):
-            trainer._finish_update()
+            trainer._learner.finish()

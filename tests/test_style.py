@@ -21,7 +21,7 @@ LAYERS = (
     'durable images spaces metrics progress interrupts replay train_ratio '
     'envs video_file env_report',
     'losses nets',
-    'networks optimizer actions',
+    'networks optimizer actions hosts',
     'rssm',
     'world_model actor_critic policy',
     'train_state',
@@ -29,6 +29,8 @@ LAYERS = (
     'sharding checkpoint run_folder',
     'agent',
     'steps',
+    'feed summary agreement',
+    'learner',
     'loop evaluation',
     'cli',
     '__main__',

@@ -1,5 +1,6 @@
 """The update: what changes, what stays, and in which precision."""
 
+import dataclasses
 import functools
 
 import corridor
@@ -201,6 +202,30 @@ def test_an_update_that_is_not_finite_changes_nothing(number, fragile):
     state, _, metrics = fragile.update(state, fragile_batch(-1))
     assert metrics['optimizer/skipped'] == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(copied(state)))
+
+
+# Memory.
+
+
+@pytest.mark.medium
+def test_remat_changes_no_number(updated):
+    config = dataclasses.replace(corridor.AGENT_CONFIG, remat=True)
+    agent = Agent(corridor.OBSERVATION_SPECS, corridor.ACTION_SPECS, config)
+    state = agent.init(0)
+    for expected_state, expected in zip(updated[0][1:], updated[1], strict=True):
+        state, *results = agent.update(state, corridor_batch())
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), results, expected)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-6),
+            (state.params, state.slow_critic),
+            (expected_state.params, expected_state.slow_critic),
+        )
+    # And it does something: every network of which there is a gradient is marked.
+    marks = {}
+    for name, one in {'kept': corridor.agent(), 'again': agent}.items():
+        program = jax.make_jaxpr(one._pure_update)(jax.eval_shape(lambda: state), corridor_batch())
+        marks[name] = str(program).count('prevent_cse=True')
+    assert marks['kept'] == 0 and marks['again'] >= 7
 
 
 # Half precision.

@@ -151,6 +151,14 @@ class Camera(gymnasium.Env):
         return np.full((64, 64, 3), 7, np.uint8), float(action.sum()), False, False, {}
 
 
+class Slow(Camera):
+    """Takes its time for every step."""
+
+    def step(self, action: Any) -> Any:
+        time.sleep(0.3)
+        return super().step(action)
+
+
 _numbers = itertools.count(1)
 
 

@@ -23,7 +23,12 @@ __all__ = ['FinalRecords', 'Records', 'VectorEnvironment', 'empty_records', 'mak
 
 
 def make(
-    config: Any, seed: int, *, render: bool = False, restart: bool = True
+    config: Any,
+    seed: int,
+    *,
+    render: bool = False,
+    restart: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> VectorEnvironment:
     """Builds the environments of a preset.
 
@@ -33,12 +38,13 @@ def make(
       seed: every environment gets a seed of its own, derived from this one and its index.
       render: make `VectorEnvironment.render` draw, for environments that can.
       restart: build environments that fail again and go on, unless they fail time after time.
+      part: (index, count) to build one of several equal parts of them.
 
     Raises:
       UserError: a setting is wrong, the id is unknown, a package is missing, or the spaces of the
         environment are not supported.
     """
-    settings = _settings(config, seed, render, restart)
+    settings = _settings(config, seed, render, restart, part)
     if is_vector_suite(settings.id):
         check_installed(settings.id)
         if config.vectorization not in ('auto', 'native'):
@@ -51,7 +57,7 @@ def make(
         return Native(settings)
     if config.vectorization == 'async':
         return Processes(settings)
-    if config.vectorization == 'sync' or config.num_envs == 1:
+    if config.vectorization == 'sync' or len(settings.seeds) == 1:
         return InProcess(settings)
     if is_suite(settings.id):
         return Processes(settings)
@@ -63,7 +69,9 @@ def make(
     return InProcess(settings, first)
 
 
-def _settings(config: Any, seed: int, render: bool, restart: bool) -> Settings:
+def _settings(
+    config: Any, seed: int, render: bool, restart: bool, part: tuple[int, int]
+) -> Settings:
     choices = {
         'vectorization': ('auto', 'sync', 'async', 'native'),
         'autoreset': ('next_step', 'same_step'),
@@ -78,7 +86,9 @@ def _settings(config: Any, seed: int, render: bool, restart: bool) -> Settings:
         raise UserError(f'env.timeout must be more than 0 seconds, not {config.timeout}.')
     if not config.id:
         raise UserError('Name the environment in env.id, for example CartPole-v1.')
-    sequences = np.random.SeedSequence(seed).spawn(config.num_envs)
+    index, count = part
+    size = config.num_envs // count
+    sequences = np.random.SeedSequence(seed).spawn(config.num_envs)[index * size :][:size]
     return Settings(
         id=config.id,
         kwargs=_plain(config.kwargs),

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dreamerv3_jax.envs.registry import Settings
-from dreamerv3_jax.envs.stream import Ending, Records, Stream, empty_actions, empty_records
+from dreamerv3_jax.envs.stream import Records, Stream, empty_actions, empty_records
 from dreamerv3_jax.envs.vector import (
     Restartable,
     different_spaces,
@@ -82,11 +82,10 @@ class Processes(Restartable):
             self._share(row)
         self._all_well(self._receive(rows))
 
-    def _run(self, command: str, rows: Sequence[int]) -> dict[int, Ending | UserError | None]:
+    def _send(self, command: str, rows: Sequence[int]) -> None:
         for row in rows:
             with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
                 self._connections[row].send(command)
-        return self._receive(rows)
 
     def _rebuild(self, row: int, settings: Settings) -> None:
         self._connections[row].close()

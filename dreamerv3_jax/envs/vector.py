@@ -45,6 +45,7 @@ class VectorEnvironment(abc.ABC):
 
     def __init__(self, env_id: str) -> None:
         self._id = env_id
+        self._chosen: dict[str, np.ndarray] = {}  # actions of the step that was set out on
         self._logs: dict[str, list[float]] = {}
         self._restarts = 0
 
@@ -56,12 +57,19 @@ class VectorEnvironment(abc.ABC):
         """
         return self._reset()
 
-    def step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
-        """Advances every stream by one record.
+    def start(self, actions: dict[str, np.ndarray]) -> None:
+        """Sets out to advance every stream by one record, see `finish`.
+
+        Environments in processes of their own do so from now on, others when they are waited for.
 
         Args:
           actions: arrays [N, ...] as the action specs say, continuous ones in [-1, 1]. The rows of
             streams that are about to be reset are ignored.
+        """
+        self._chosen = actions
+
+    def finish(self) -> tuple[Records, FinalRecords | None]:
+        """Waits for what `start` set out on.
 
         Returns:
           The records, and under autoreset 'same_step' the terminal records of the streams that
@@ -71,7 +79,12 @@ class VectorEnvironment(abc.ABC):
         Raises:
           UserError: an environment failed time after time, or failed and cannot be built again.
         """
-        return self._step(actions)
+        return self._step(self._chosen)
+
+    def step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
+        """Does both, `start` and `finish`."""
+        self.start(actions)
+        return self.finish()
 
     def pop_logs(self) -> dict[str, float]:
         """Returns and forgets the means, over the episodes that ended, of what environments log.
@@ -146,8 +159,16 @@ class Restartable(VectorEnvironment):
         self._survived = np.zeros(self.num_envs, np.int64)  # steps since the last failure
 
     @abc.abstractmethod
-    def _run(self, command: str, rows: Sequence[int]) -> dict[int, Ending | UserError | None]:
-        """Lets environments 'reset' or 'step', and returns what each says."""
+    def _send(self, command: str, rows: Sequence[int]) -> None:
+        """Tells environments to 'reset' or 'step'."""
+
+    @abc.abstractmethod
+    def _receive(self, rows: Sequence[int]) -> dict[int, Any]:
+        """Returns what each of them says then: an `Ending`, nothing, or a `UserError`."""
+
+    def _run(self, command: str, rows: Sequence[int]) -> dict[int, Any]:
+        self._send(command, rows)
+        return self._receive(rows)
 
     @abc.abstractmethod
     def _rebuild(self, row: int, settings: Settings) -> None:
@@ -158,15 +179,20 @@ class Restartable(VectorEnvironment):
         """
 
     def _reset(self) -> Records:
-        return self._advance('reset')[0]
+        self._send('reset', range(self.num_envs))
+        return self._advance()[0]
 
-    def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
+    def start(self, actions: dict[str, np.ndarray]) -> None:
+        """Hands out the actions, see `VectorEnvironment.start`."""
         for name, values in self._actions.items():
             values[:] = actions[name]
-        return self._advance('step')
+        self._send('step', range(self.num_envs))
 
-    def _advance(self, command: str) -> tuple[Records, FinalRecords | None]:
-        answers = self._run(command, range(self.num_envs))
+    def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
+        return self._advance()
+
+    def _advance(self) -> tuple[Records, FinalRecords | None]:
+        answers = self._receive(range(self.num_envs))
         self._survived += 1
         endings: list[Ending | None] = []
         for row, answer in answers.items():
@@ -188,7 +214,7 @@ class Restartable(VectorEnvironment):
                 answer = self._run('reset', [row])[row]
             except KeyboardInterrupt:
                 raise
-            except BaseException as again:  # as in `InProcess._run`
+            except BaseException as again:  # as in `InProcess._receive`
                 answer = failure(self._id, row, again)
 
     def _count_failure(self, row: int, error: UserError) -> None:
@@ -220,6 +246,7 @@ class InProcess(Restartable):
     def __init__(self, settings: Settings, first: Stream | None = None) -> None:
         """Builds the environments, except `first` if it is given."""
         super().__init__(settings)
+        self._command = ''
         self._streams = [first] if first else []
         while len(self._streams) < self.num_envs:
             self._streams.append(open_stream(settings, len(self._streams)))
@@ -237,12 +264,15 @@ class InProcess(Restartable):
         own = self.observation_specs, self.action_specs
         return (stream.observation_specs, stream.action_specs) == own
 
-    def _run(self, command: str, rows: Sequence[int]) -> dict[int, Ending | UserError | None]:
+    def _send(self, command: str, rows: Sequence[int]) -> None:
+        self._command = command
+
+    def _receive(self, rows: Sequence[int]) -> dict[int, Any]:
         answers: dict[int, Ending | UserError | None] = {}
         for row in rows:
             try:
                 answers[row] = None
-                if command == 'reset':
+                if self._command == 'reset':
                     self._streams[row].reset(self._records, row)
                 else:
                     answers[row] = self._streams[row].step(self._actions, self._records, row)

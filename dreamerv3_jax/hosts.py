@@ -1,0 +1,201 @@
+"""Hosts that train one agent together. Where there is only one, nothing here does anything.
+
+All hosts run the same program in step. What one of them knows alone (its clock, its signals, its
+environments, its disk) the others have to be told before anybody acts on it, or they would wait for
+each other in different places for ever.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dreamerv3_jax.errors import UserError
+
+_LAST_WORDS = 3.0  # seconds in which all other hosts can say why they end
+_LOST = re.compile(
+    'gloo|nccl|peer|socket|coordination|heartbeat|barrier|unavailable|deadline_exceeded|aborted',
+    re.IGNORECASE,
+)
+_all_know: list[BaseException] = []  # errors with which all hosts end
+
+
+def connect(settings: ml_collections.ConfigDict) -> None:
+    """Joins the hosts of a run, before anything else is done with jax.
+
+    Args:
+      settings: `config.hosts`: 'coordinator' (address:port of the first host), 'count' and 'index';
+        with a count of 0 they are found where SLURM, Kubernetes or a TPU pod say them.
+
+    Raises:
+      UserError: the other hosts are not there.
+    """
+    alone = not _started_together() if settings.count == 0 else settings.count == 1
+    if alone or jax.distributed.is_initialized():
+        return
+    # Its handler of SIGTERM would take the place of the default one until training begins.
+    jax.config.update('jax_enable_preemption_service', False)
+    try:
+        if settings.count:
+            jax.distributed.initialize(
+                settings.coordinator,
+                settings.count,
+                settings.index,
+                cluster_detection_method='deactivate',
+            )
+        else:
+            jax.distributed.initialize()
+    except Exception as error:
+        raise UserError(
+            f'The other hosts cannot be found ({_one_line(error)}); name them with '
+            '--config.hosts.coordinator=ADDRESS:PORT, --config.hosts.count and '
+            '--config.hosts.index, or train on this one alone with --config.hosts.count=1.'
+        ) from error
+
+
+def _started_together() -> bool:
+    """Whether what starts processes on many hosts says that this is one of several."""
+    get = os.environ.get
+    slurm = 'SLURM_STEP_NODELIST' in os.environ and get('SLURM_NTASKS', '1') != '1'
+    kubernetes = 'KUBERNETES_SERVICE_HOST' in os.environ and 'JOB_COMPLETION_INDEX' in os.environ
+    workers = get('TPU_PROCESS_ADDRESSES') or get('TPU_WORKER_HOSTNAMES') or ''
+    pod = ',' in workers or get('MEGASCALE_NUM_SLICES', '1') != '1'
+    # A machine of Google's cloud with a TPU asks its metadata server, unless it is told not to.
+    asks = (
+        not workers
+        and 'TPU_SKIP_MDS_QUERY' not in os.environ
+        and 'tpu' in get('JAX_PLATFORMS', 'tpu')
+        and bool(glob.glob('/dev/accel*') + glob.glob('/dev/vfio/[0-9]*'))
+        and importlib.util.find_spec('libtpu') is not None
+    )
+    return slurm or kubernetes or pod or asks
+
+
+def count() -> int:
+    """Returns the number of hosts."""
+    return jax.process_count()
+
+
+def index() -> int:
+    """Returns the number of this host, from 0."""
+    return jax.process_index()
+
+
+def share(total: int, name: str) -> int:
+    """Returns this host's part of a number that all of them share equally.
+
+    Raises:
+      UserError: it does not divide; `name` is the setting.
+    """
+    if total % count():
+        raise agreed(
+            UserError(
+                f'config.{name}={total} does not divide among {count()} hosts; '
+                f'choose a multiple of {count()}.'
+            )
+        )
+    return total // count()
+
+
+def gather_numbers(numbers: np.ndarray) -> np.ndarray:
+    """Returns the numbers [n] int32 of all hosts, [hosts, n]."""
+    return numbers[None] if count() == 1 else np.asarray(multihost_utils.process_allgather(numbers))
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns a value of each host, of anything that JSON can hold."""
+    if count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value, default=repr).encode(), np.uint8)
+    lengths = gather_numbers(np.array([len(data)], np.int32))[:, 0]
+    # Of few different lengths, as each compiles a program.
+    padded = np.zeros(1 << int(lengths.max() - 1).bit_length(), np.uint8)
+    padded[: len(data)] = data
+    rows = gather_numbers(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def first(function: Callable[[], Any]) -> Any:
+    """Returns on all hosts what a function returns, or raises, on the first, which alone calls it.
+
+    Raises:
+      UserError: the first host did.
+    """
+    if count() == 1:
+        return function()
+    answer: dict[str, Any] = {}
+    if index() == 0:
+        try:
+            answer['result'] = function()
+        except UserError as error:
+            answer['error'] = str(error)
+    answer = gather(answer)[0]
+    if 'error' in answer:
+        raise agreed(UserError(answer['error']))
+    return answer['result']
+
+
+def agreed(error: BaseException) -> BaseException:
+    """Marks an error that all hosts raise at this point, so that they end together."""
+    _all_know.append(error)
+    return error
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends the hosts together, whatever happens in this context.
+
+    Where the others cannot know of an error, this ends the process at once: in the usual way it
+    would wait for them, and they for it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if error not in _all_know:
+            _leave(error)
+        jax.distributed.shutdown()
+        raise
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def _leave(error: BaseException) -> None:
+    text, code = str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        text, code = '', 130
+    elif isinstance(error, SystemExit):
+        text, code = '', int(error.code or 0)
+    elif not isinstance(error, UserError):
+        text, code = '', 1
+        if _LOST.search(str(error)):
+            text = (
+                f'Another host is gone ({_one_line(error)}); give the same command on all hosts, '
+                'or on others, to go on from the last checkpoint.'
+            )
+        else:
+            traceback.print_exception(error)
+    if text:
+        print(f'dreamerv3-jax: {text}', file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if index() == 0:  # with which the others would be ended
+        time.sleep(_LAST_WORDS)
+    os._exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())[:200].rstrip('.')

@@ -1,0 +1,143 @@
+"""The agent's state, and the updates of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dreamerv3_jax import sharding
+from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.feed import Feed
+from dreamerv3_jax.progress import Timer
+from dreamerv3_jax.replay import Replay
+from dreamerv3_jax.train_ratio import TrainRatio
+from dreamerv3_jax.train_state import TrainState
+from dreamerv3_jax.types import Metrics, StoredLatent
+
+MOST_SKIPPED = 10  # updates in a row
+
+
+class Learner:
+    """Makes the updates that are due, and writes their latents to the replay.
+
+    Updates run beside the caller: while one is under way the results of the one before are used and
+    the next batch is drawn and sent, so that devices do not wait for it.
+
+    Attributes:
+      state: after the last update, which may be under way.
+      feed: of batches.
+      ratio: of updates to steps.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        state: TrainState,
+        replay: Replay,
+        ratio: TrainRatio,
+        *,
+        counters: dict[str, int],
+        timer: Timer,
+        say: Callable[[str], None],
+    ) -> None:
+        """Prepares; nothing is drawn yet.
+
+        Args:
+          agent: makes the updates.
+          state: to begin with.
+          replay: holds the steps.
+          ratio: says how many updates are due.
+          counters: of the run; 'updates', 'skipped' and 'skipped_in_a_row' are counted here.
+          timer: of the run.
+          say: tells the user.
+        """
+        self.state, self.feed, self.ratio = state, Feed(replay, agent), ratio
+        self._agent, self._replay = agent, replay
+        self._counters, self._timer, self._say = counters, timer, say
+        self._pending: tuple[Any, StoredLatent, Metrics] | None = None  # an update under way
+        self._metrics: list[Metrics] = []  # of updates, since they were taken
+        self._acting_params: Any = None  # after the last update
+
+    @property
+    def acting_params(self) -> Any:
+        """Newest parameters for `Agent.policy`; where there are many hosts, all ask at a time."""
+        if self._acting_params is None:
+            self._acting_params = self._agent.acting_params(self.state)
+        return self._acting_params
+
+    def wait(self) -> None:
+        """Waits until the newest parameters are there."""
+        jax.block_until_ready(self.state.updates)
+
+    def train(self, steps: int, stopped: Callable[[], bool]) -> None:
+        """Makes the updates that are due after so many steps; those left are due at the next call.
+
+        Args:
+          steps: of all environments, from the start of the run.
+          stopped: whether to make no further update.
+
+        Raises:
+          UserError: too many updates in a row were skipped.
+        """
+        due = self.ratio.due(steps)
+        while due and not stopped():
+            self.update()
+            due -= 1
+        self.ratio.give_back(due)
+
+    def update(self) -> None:
+        """Starts an update, uses the results of the one before, and draws the next batch."""
+        with self._timer.section('replay'):
+            batch, index = self.feed.take()
+        with self._timer.section('update'):
+            self.state, latents, metrics = self._agent.update(self.state, batch)
+            self._acting_params = None
+            self.finish()
+        self._pending = (index, latents, metrics)
+        self._metrics.append(metrics)
+        self._counters['updates'] += 1
+        with self._timer.section('replay'):
+            self.feed.prepare()
+
+    def finish(self) -> None:
+        """Waits for the update before, if it was not finished, and writes its latents.
+
+        Raises:
+          UserError: too many updates in a row were skipped.
+        """
+        if self._pending is None:
+            return
+        index, latents, metrics = self._pending
+        self._pending = None
+        if metrics['optimizer/skipped']:
+            self._count_skipped(jax.device_get(metrics))
+            return
+        self._counters['skipped_in_a_row'] = 0
+        self._replay.update_latents(index, *map(sharding.own_rows, latents))
+
+    def take_metrics(self, *, final: bool) -> list[dict[str, float]]:
+        """Returns and forgets what updates measured; what the last one did only if final.
+
+        Of one that was skipped there is nothing but 'optimizer/skipped'.
+        """
+        done = self._metrics if final else self._metrics[:-1]
+        self._metrics = self._metrics[len(done) :]
+        name = 'optimizer/skipped'
+        return [{name: x[name]} if x[name] else x for x in jax.device_get(done)]
+
+    def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
+        counters = self._counters
+        counters['skipped'] += 1
+        counters['skipped_in_a_row'] += 1
+        losses = [name for name in metrics if name.startswith('loss/') and name != 'loss/total']
+        names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
+        what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
+        if counters['skipped_in_a_row'] >= MOST_SKIPPED:
+            raise UserError(
+                f'{MOST_SKIPPED} updates in a row were skipped, as {what}; look for numbers of '
+                'extreme size in what the environment returns. The last checkpoint is kept.'
+            )
+        if counters['skipped_in_a_row'] == 1:
+            self._say(f'Update {counters["updates"]:,} is skipped, as {what}; nothing has changed.')

@@ -1,0 +1,41 @@
+"""What a run prints about itself before it begins."""
+
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from dreamerv3_jax import hosts
+from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.replay import bytes_per_step
+from dreamerv3_jax.steps import replay_specs
+
+
+def lines(config: ml_collections.ConfigDict, logdir: Path, preset: str, agent: Agent) -> list[str]:
+    """Returns lines of a name and what is to know about it."""
+    replay = config.replay
+    observations, actions = agent.observation_specs, agent.action_specs
+    counts = agent.parameter_counts()
+    devices = jax.devices()
+    per_update = replay.batch_size * replay.batch_length / replay.train_ratio
+    step_bytes = bytes_per_step(replay_specs(agent))
+    rows = {
+        'run': f'{logdir} (preset {preset}, seed {config.seed})',
+        'environment': f'{config.env.id}, {config.env.num_envs} in parallel, '
+        f'repeat {config.env.repeat}',
+        'observation': ', '.join(f'{name}: {spec}' for name, spec in observations.items()),
+        'action': ', '.join(f'{name}: {spec}' for name, spec in actions.items()),
+        'parameters': f'{sum(counts.values()):,} ({config.size}): '
+        + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
+        'devices': f'{len(devices)} {devices[0].platform} ({devices[0].device_kind}), '
+        f'mesh data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}',
+        'hosts': f'{hosts.count()}, which share environments, replay and batch equally',
+        'replay': f'{replay.capacity:,} steps x {step_bytes:,} bytes = '
+        f'{step_bytes * replay.capacity / 1e9:.2f} GB '
+        + ('on disk' if replay.on_disk else 'of memory'),
+        'training': f'one update every {per_update:g} steps '
+        f'(train ratio {replay.train_ratio:g}), until {config.run.steps:,} frames',
+    }
+    if hosts.count() == 1:
+        del rows['hosts']
+    return [f'{name:12} {text}' for name, text in rows.items()]

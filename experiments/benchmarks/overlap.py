@@ -1,0 +1,168 @@
+"""Measures how long an accelerator would wait for the loop; writes overlap.md beside this file.
+
+python -m experiments.benchmarks.overlap [--ticks=300] [--output=FILE]
+
+The loop is the real one, with pictures of 64x64x3, a size1m policy, and 16 environments in
+processes of their own whose steps sleep for 5 ms. The update is not real: it sleeps, as the host
+does while an accelerator computes, for a time that is given, and so leaves the cores to the loop as
+an accelerator would. There is one update for each tick.
+
+A tick can take no less than acting and then the longer of update and environments. The times of
+these three are measured alone, in the same process, and what a tick takes beyond that is the loop's
+own: to store, to draw and send a batch, to write latents back, to count. Of each there is the
+median.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from experiments.benchmarks import measure
+from experiments.machine import processor
+
+NAME = 'experiments.benchmarks.overlap'
+ENVIRONMENTS, STEP = 16, 0.005  # seconds
+UPDATES = (0.01, 0.02, 0.05, 0.1)  # seconds
+
+
+def slow_environment() -> Any:
+    """An environment that shows pictures, and whose steps take 5 ms, in which it does nothing."""
+    import gymnasium
+
+    class Slow(gymnasium.Env):
+        observation_space, action_space = measure.spaces('images 64x64x3')
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self._observation, self._steps = self.observation_space.sample(), 0
+            return self._observation, {}
+
+        def step(self, action: Any) -> Any:
+            time.sleep(STEP)
+            self._steps += 1
+            return self._observation, 1.0, False, self._steps == 500, {}
+
+    return Slow()
+
+
+def make_agent_class(seconds: list[float]) -> type:
+    """An agent whose updates sleep for the first number in a list, one after the other."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dreamerv3_jax import Agent
+    from dreamerv3_jax.types import StoredLatent
+
+    def compute(updates: Any) -> Any:
+        time.sleep(seconds[0])
+        return np.int32(updates + 1)
+
+    class Asleep(Agent):
+        def compile_update(self, batch_size: int, batch_length: int) -> None:
+            shape = (batch_size, batch_length)
+
+            def update(updates: Any) -> Any:
+                updates = jax.pure_callback(compute, jax.ShapeDtypeStruct((), np.int32), updates)
+                deter = jnp.zeros((*shape, self.config.deter)) + 0.0 * updates
+                stoch = jnp.zeros((*shape, self.config.stoch), np.uint8) + np.uint8(0) * updates
+                metrics = {'optimizer/skipped': 0.0 * updates}
+                return updates, StoredLatent(deter, stoch.astype(np.uint8)), metrics
+
+            self._asleep = jax.jit(update)
+
+        def update(self, state: Any, batch: Any) -> Any:
+            updates, latents, metrics = self._asleep(state.updates)
+            return state.replace(updates=updates), latents, metrics
+
+    return Asleep
+
+
+def medians(function: Any, count: int) -> float:
+    """Median of the seconds that calls take, after some that warm up."""
+    return statistics.median(measure.times_of(function, count + 5)[5:])
+
+
+def run(ticks: int) -> list[tuple[float, ...]]:
+    """Seconds of update, acting, environments and the whole tick, for each time of an update."""
+    import jax
+
+    from dreamerv3_jax import load_config, loop
+
+    config = load_config('gymnasium:size1m')
+    config.env.update(id=f'{NAME}:slow_environment', num_envs=ENVIRONMENTS, vectorization='async')
+    config.replay.update(capacity=20_000, train_ratio=64.0)  # one update for each tick
+    seconds, rows = [0.0], []
+    loop.Agent = make_agent_class(seconds)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        loop.Trainer(config, pathlib.Path(folder), 'overlap') as trainer,
+    ):
+        agent, env = trainer._agent, trainer._env
+        agent.compile_update(config.replay.batch_size, config.replay.batch_length)
+        while trainer.counters['updates'] < 5:
+            trainer.tick()
+        records, params = trainer._records, trainer._learner.acting_params
+
+        def act() -> None:
+            state = trainer._policy_state
+            result = agent.policy(params, state, records.observation, records.is_first, (0, 0))
+            jax.device_get(result[1:])
+
+        for seconds[0] in UPDATES:
+            _, actions, _ = agent.policy(
+                params, trainer._policy_state, records.observation, records.is_first, (0, 0)
+            )
+            chosen = jax.device_get(actions)
+            acting = medians(act, ticks // 3)
+            stepping = medians(lambda chosen=chosen: env.step(chosen), ticks // 3)
+            updating = medians(
+                lambda: jax.block_until_ready(agent._asleep(trainer._learner.state.updates)),
+                ticks // 3,
+            )
+            rows.append((updating, acting, stepping, medians(trainer.tick, ticks)))
+    return rows
+
+
+def table(rows: list[tuple[float, ...]]) -> str:
+    """Markdown of the results."""
+    import jax
+
+    lines = [
+        f'Measured on {time.strftime("%Y-%m-%d")} with {processor()}, {os.cpu_count()} cores, jax '
+        f'{jax.__version__}: `python -m {NAME}`. Milliseconds; shares are of the whole tick.',
+        '',
+        "| update | acting | environments | least | tick | the loop's own | accelerator waits |",
+        '|---|---|---|---|---|---|---|',
+    ]
+    for update, acting, stepping, tick in rows:
+        least = acting + max(update, stepping)
+        times = ' | '.join(f'{1e3 * x:.1f}' for x in (update, acting, stepping, least, tick))
+        waits = 1 - (update + acting) / tick
+        lines.append(f'| {times} | {(tick - least) / tick:.1%} | {waits:.1%} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument('--ticks', type=int, default=300)
+    parser.add_argument(
+        '--output', type=pathlib.Path, default=pathlib.Path(__file__).with_name('overlap.md')
+    )
+    options = parser.parse_args()
+
+    from dreamerv3_jax import startup
+
+    startup.tune_cpu()
+    text = table(run(options.ticks))
+    options.output.write_text(text)
+    print(text)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,294 @@
+"""Several hosts, which are processes here, train like one, stop together, and go on as another
+number of them."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import host
+import jax
+import numpy as np
+import pytest
+import test_loop
+import test_sharding
+import tiny_runs
+
+from dreamerv3_jax import agreement, checkpoint, hosts, run_folder, sharding
+from dreamerv3_jax.agreement import Told
+from dreamerv3_jax.configs import base
+from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.loop import Trainer
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(command, count, cache):
+    """Runs a command, given the number of a host, on that many hosts; all end with the context."""
+    variables = tiny_runs.quick_variables(cache) | {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_NUM_CPU_DEVICES': '1',
+        'PYTHONPATH': os.path.dirname(__file__),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command(index)],
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for index in range(count)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def ended(processes):
+    """Waits for all of them; returns what each wrote, and its exit code."""
+    written = [process.communicate(timeout=200) for process in processes]
+    return [(*texts, process.returncode) for texts, process in zip(written, processes, strict=True)]
+
+
+def wait_for_training(folder, process, after=0.0):
+    """Until an update is logged with a time after the given one; returns its time."""
+
+    def times():
+        path = folder / 'metrics.jsonl'
+        lines = tiny_runs.read_metrics(folder) if path.exists() else []
+        return [line['step'] for line in lines if 'train/loss/total' in line]
+
+    test_loop.wait_for(lambda: times() and times()[-1] > after, process)
+    return times()[-1]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_hosts_train_and_stop_together_and_one_goes_on(
+    count, tmp_path, quick_compilation, monkeypatch
+):
+    arguments = (count, free_port(), tmp_path)
+    with started(
+        lambda index: [host.__file__, str(index), *map(str, arguments)], count, quick_compilation
+    ) as processes:
+        wait_for_training(tmp_path / 'run', processes[0])
+        processes[-1].send_signal(signal.SIGTERM)  # to one of them
+        results = ended(processes)
+    for out, err, code in results:
+        assert (code, err) == (143, ''), out + err
+    assert 'Stopping after this update' in results[-1][0]
+    assert 'Another host was told to stop' in results[0][0]
+    check_updates(count, tmp_path, monkeypatch)
+    check_that_one_goes_on(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 4])
+def test_a_lost_host_ends_the_others(count, tmp_path, quick_compilation):
+    """By the command itself; then it goes on."""
+    run, port = tmp_path / 'run', free_port()
+    configs = [host.config(index, count, port, tmp_path) for index in range(count)]
+    command = ['-m', 'dreamerv3_jax', 'train', '--config=quickstart']
+    for start in range(2):
+        before = tiny_runs.read_metrics(run)[-1]['step'] if start else 0
+        with started(
+            lambda index: [*command, *test_loop.flags(configs[index])], count, quick_compilation
+        ) as processes:
+            wait_for_training(run, processes[0], after=before)
+            test_loop.wait_for(lambda: checkpoint.latest_step(run / 'checkpoints'), processes[0])
+            processes[-1].kill()
+            *others, _ = ended(processes)
+        for out, err, code in others:
+            assert code == 1, out + err
+            assert err.startswith('dreamerv3-jax: Another host is gone ('), err
+            assert err.count('\n') == 1, err
+        assert ('Going on at' in others[0][0]) == bool(start)
+    check_that_one_goes_on(tmp_path)
+
+
+def check_that_one_goes_on(folder):
+    """With all that several hosts have seen."""
+    config = host.config(0, 1, 0, folder)
+    config.hosts.update(coordinator='', count=0)
+    config.mesh.update(data=1, fsdp=1)
+    with Trainer(config, folder / 'run', 'tiny') as trainer:
+        counters = trainer.counters
+        assert counters['ticks'] == checkpoint.latest_step(folder / 'run' / 'checkpoints') > 0
+        records = trainer._replay.state()['arrays']
+        np.testing.assert_array_equal(records['count'], counters['ticks'])
+        ends = records['data/is_last'][:, :-1]
+        assert ends.any() and records['data/is_first'][:, 1:][ends].all()
+        assert counters['steps'] == np.sum(~records['data/is_last'])
+        updates = counters['updates']
+        for _ in range(20):
+            trainer.tick()
+        assert counters['updates'] > updates
+        # The first update came with the first batch; the steps until then are known but for a few.
+        per_step = config.replay.train_ratio / (8 * tiny_runs.STEPS)
+        made = (counters['steps'] - 8 * tiny_runs.STEPS) * per_step
+        assert abs(counters['updates'] - made) <= 2
+
+
+def check_updates(count, folder, monkeypatch):
+    """The updates that all hosts made are those of one."""
+    monkeypatch.setattr(test_sharding.sharding, 'LEAST_SHARDED', 64)
+    agent = test_sharding.Agent.from_spaces(*test_sharding.SPACES, tiny_runs.agent_config())
+    state = agent.init(0)
+    for seed in range(test_sharding.UPDATES):
+        batch = test_sharding.batch_of_eight(agent, seed)
+        state, latents, values = agent.update(state, batch)
+    found = [np.load(folder / f'{index}.npz') for index in range(count)]
+    for own in found:
+        for number, expected in enumerate(jax.tree.leaves((state.params, state.slow_critic))):
+            np.testing.assert_allclose(own[str(number)], expected, rtol=0, atol=1e-5)
+        for name, value in values.items():
+            np.testing.assert_allclose(own[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    for name, expected in latents._asdict().items():
+        rows = np.concatenate([own[name] for own in found])
+        np.testing.assert_allclose(rows, expected, atol=1e-5)
+
+
+# What hosts tell each other.
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This is the second of two hosts; returns the list of what the first one tells, in order."""
+    told = []
+    monkeypatch.setattr(hosts, 'count', lambda: 2)
+    monkeypatch.setattr(hosts, 'index', lambda: 1)
+    monkeypatch.setattr(hosts, 'gather', lambda own: [told.pop(0), own])
+    monkeypatch.setattr(hosts, 'gather_numbers', lambda own: np.stack([told.pop(0), own]))
+    return told
+
+
+def test_agreement(second_of_two):
+    second_of_two.append(np.array(Told(steps=3, ready=1, episodes=1, log=1), np.int32))
+    own = Told(steps=4, episodes=2, restarts=1, signal=15, save=1)
+    assert agreement.agree(own) == Told(
+        steps=7, ready=0, episodes=3, restarts=1, signal=15, failed=0, log=1, save=0
+    )
+
+
+def test_one_host_agrees_with_itself():
+    own = Told(*range(1, 1 + len(Told._fields)))
+    assert agreement.agree(own) == own
+    assert hosts.gather({'a': 1}) == [{'a': 1}] and hosts.first(lambda: 5) == 5
+    assert hosts.share(7, 'replay.batch_size') == 7
+
+
+def test_what_the_first_host_says(second_of_two):
+    second_of_two += [{'result': 20}, {'error': 'The folder is in use.'}]
+    assert hosts.first(pytest.fail) == 20
+    with pytest.raises(UserError, match='The folder is in use.') as error:
+        hosts.first(pytest.fail)
+    assert error.value in hosts._all_know
+
+
+def test_numbers_that_do_not_divide(second_of_two):
+    assert hosts.share(6, 'env.num_envs') == 3
+    with pytest.raises(UserError, match='config.env.num_envs=7 does not divide among 2 hosts'):
+        hosts.share(7, 'env.num_envs')
+
+
+def test_other_commands_are_refused(second_of_two):
+    config, other = base.get_config('nano'), base.get_config('nano')
+    other.hosts.index = 1
+    second_of_two.append(other.to_dict())
+    run_folder.check_hosts(config)
+    other.seed = 3
+    second_of_two.append(other.to_dict())
+    with pytest.raises(UserError, match='config.seed is 3 on host 0 and 0 on host 1; .*count=1'):
+        run_folder.check_hosts(config)
+
+
+def test_folders_that_are_not_shared_are_refused(second_of_two, tmp_path):
+    second_of_two.append(True)
+    with pytest.raises(UserError, match='Host 1 does not see .*; choose a folder that all hosts'):
+        run_folder.check_shared(tmp_path)
+
+
+def test_meshes_of_many_hosts_take_all_devices():
+    class Device:
+        def __init__(self, process_index):
+            self.process_index = process_index
+
+    devices = [Device(number // 2) for number in range(4)]
+    with pytest.raises(UserError, match='takes 2 devices of 4, but many hosts use all of theirs'):
+        sharding.make_mesh(1, 2, devices)
+
+
+@pytest.mark.parametrize(
+    ('variables', 'expected'),
+    [
+        ({}, False),
+        ({'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2'}, True),
+        ({'SLURM_STEP_NODELIST': 'node1', 'SLURM_NTASKS': '1'}, False),
+        ({'SLURM_NTASKS': '8'}, False),  # in a batch script, outside of srun
+        ({'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '1'}, True),
+        ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, False),  # a pod of its own
+        ({'TPU_WORKER_HOSTNAMES': 'host-0,host-1'}, True),
+        ({'TPU_PROCESS_ADDRESSES': 'local', 'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+        ({'MEGASCALE_NUM_SLICES': '2'}, True),
+    ],
+)
+def test_who_starts_processes_on_many_hosts(variables, expected, monkeypatch):
+    for name in ('SLURM_STEP_NODELIST', 'KUBERNETES_SERVICE_HOST', 'TPU_WORKER_HOSTNAMES'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._started_together() == expected
+
+
+def test_hosts_that_cannot_be_found(monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError('no coordinator\nhere.')
+
+    monkeypatch.setattr(jax.distributed, 'initialize', refuse)
+    settings = base.get_config('nano').hosts
+    hosts.connect(settings)  # this one alone
+    settings.update(coordinator='10.0.0.1:1234', count=2)
+    with pytest.raises(UserError, match='The other hosts cannot be found .no coordinator here.; '):
+        hosts.connect(settings)
+    settings.update(coordinator='', count=1)
+    hosts.connect(settings)
+
+
+def test_errors_of_one_host_end_it_at_once(monkeypatch, capsys):
+    """The others learn of it as it is gone; what all raise together ends in the usual way."""
+    codes, calls = [], []
+    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(jax.distributed, 'shutdown', lambda: calls.append('shutdown'))
+    monkeypatch.setattr(os, '_exit', lambda code: codes.append(code))
+    monkeypatch.setattr(hosts, '_LAST_WORDS', 0.0)
+
+    def end(error):
+        with pytest.raises(type(error)), hosts.together():
+            raise error
+        return codes.pop() if codes else None, capsys.readouterr().err
+
+    assert end(UserError('The robot is gone.')) == (2, 'dreamerv3-jax: The robot is gone.\n')
+    assert end(KeyboardInterrupt()) == (130, '')
+    assert end(SystemExit(143)) == (143, '')
+    code, text = end(RuntimeError('UNKNOWN: Gloo AllReduce failed:\nConnection closed by peer.'))
+    assert code == 1 and text.startswith('dreamerv3-jax: Another host is gone (UNKNOWN: Gloo All')
+    code, text = end(ZeroDivisionError('a mistake of ours'))
+    assert code == 1 and 'Traceback' in text
+    calls.clear()
+    assert end(hosts.agreed(UserError('The folder is in use.'))) == (None, '')
+    assert calls == ['shutdown']
