@@ -107,3 +107,24 @@ def test_freed_memory_is_returned():
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.stdout == 'True\n', result.stderr
+
+
+def test_pieces_of_the_heap_are_taken():
+    """What `malloc` returns afterwards lies behind all that was freed before."""
+    code = (
+        'import ctypes, os\n'
+        'from dreamerv3_jax import startup\n'
+        "os.environ['JAX_PLATFORMS'] = 'cpu'\n"
+        'startup.tune_cpu()\n'
+        "library = ctypes.CDLL('libc.so.6')\n"
+        'library.malloc.restype = ctypes.c_void_p\n'
+        'library.free.argtypes = [ctypes.c_void_p]\n'
+        'pieces = [library.malloc(40_000) for _ in range(2000)]\n'
+        'for piece in pieces[::2]:\n'
+        '    library.free(piece)\n'
+        'before = library.malloc(30_000) < max(pieces)\n'
+        'startup.return_memory()\n'
+        'print(before, library.malloc(30_000) > max(pieces))\n'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout == 'True True\n', result.stderr
