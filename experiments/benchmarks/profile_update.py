@@ -1,54 +1,57 @@
-"""Profiles one update, and lists where its time goes: by part of the agent and by operation.
+"""Profiles one update, and lists where its time goes and what bounds it, by part and by operation.
 
 python -m experiments.benchmarks.profile_update [--size=size1m] [--kind='images 64x64x3']
 
-XLA runs operations at the same time where it can, so what the operations take in all is more than
-the update takes.
+All is summed over the cores. `least` is what the operations would take at the peaks of a core,
+which are measured in the same process: each the longer of its products at the peak of a large
+product, and of its operands and results at the bandwidth of memory. Caches are faster than memory,
+so that a part may need less. --output=FILE writes the table of parts there, as markdown.
 """
 
 import argparse
 import collections
 import gzip
 import json
+import os
 import pathlib
-import re
 import tempfile
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
-from experiments.benchmarks import measure
+from experiments.benchmarks import measure, roofline
+from experiments.machine import processor
 
+NAME = 'experiments.benchmarks.profile_update'  # of this module, however it was started
 # The part of the agent by a word in an operation's name; the first that fits counts.
 PARTS = (
+    ('random_bits', 'random numbers'),
+    ('threefry', 'random numbers'),
     ('Encoder', 'encoder'),
     ('Decoder', 'decoder'),
     ('Actor', 'actor'),
     ('Head', 'reward, continue and critic heads'),
     ('RSSMCell', 'recurrent model'),
     ('percentile', 'return percentiles'),
+    ('optimizer', 'optimiser'),
     ('jvp', 'losses and sampling'),
 )
+LOOPS = {15: 'in imagination', 64: 'along the sequence'}  # by their length
+COLUMNS = ('ms', 'share', 'GFLOP', 'of peak', 'GB', 'of bandwidth', 'least ms')
 
 
-def part_of(name: str, calls: int) -> str:
-    """Part of the agent, and whether the operation is in imagination or along the sequence."""
-    part = next((part for word, part in PARTS if word in name), 'optimiser and the rest')
-    if 'while' in name:
-        return f'{part}, {calls} times'
-    return part + (', backward' if 'transpose(' in name else '')
-
-
-def operation_names(program: str) -> dict[str, tuple[str, str]]:
-    """Shape and name of every operation in the text of a compiled program."""
-    names = {}
-    for line in program.splitlines():
-        if found := re.match(r'\s*(?:ROOT )?%?([\w.\-]+) = (\S+) ', line):
-            named = re.search(r'op_name="([^"]*)"', line)
-            names[found[1]] = (found[2], named[1] if named else '')
-    return names
+def part_of(name: str, where: str, calls: float) -> str:
+    """Part of the agent, and whether the operation is in a loop or backward."""
+    if name.startswith(('all-reduce', 'all-gather', 'reduce-scatter')):
+        return 'waiting for other cores'
+    part = next((part for word, part in PARTS if word in where), 'copies and the rest')
+    loop = next((text for length, text in LOOPS.items() if abs(calls - length) < 2), '')
+    if 'while' in where and loop:
+        return f'{part}, {loop}'
+    return part + (', backward' if 'transpose(' in where else '')
 
 
 def profile(size: str, kind: str, updates: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Operations of the compiled update, and the milliseconds of every call in one update."""
+    """Costs of the compiled update's operations, and seconds of all calls in `updates` updates."""
     import jax
 
     agent = measure.make_agent(size, kind)
@@ -61,13 +64,55 @@ def profile(size: str, kind: str, updates: int) -> tuple[dict[str, Any], dict[st
                 state, *_ = jax.block_until_ready(agent.update(state, batch))
         (path,) = pathlib.Path(folder).rglob('*.trace.json.gz')
         events = json.loads(gzip.decompress(path.read_bytes()))['traceEvents']
-    names = operation_names(agent._compiled_update.as_text())
+    costs = roofline.costs(agent._compiled_update.as_text())
     calls = collections.defaultdict(list)
     for event in events:
         name = event.get('name', '')
-        if event.get('ph') == 'X' and name in names and not name.startswith(('while', 'call')):
-            calls[name].append(event['dur'] / 1e3 / updates)
-    return names, calls
+        if event.get('ph') == 'X' and name in costs and not name.startswith(('while', 'call')):
+            calls[name].append(event['dur'] / 1e6)
+    return costs, calls
+
+
+def measured_bandwidth() -> float:
+    """GB/s that all cores together read and write as they add arrays of 256 MB."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones(2**26)
+    add = jax.jit(lambda x: x + 1)
+    seconds = min(measure.times_of(lambda: add(x).block_until_ready(), 5))
+    return 2 * x.nbytes / seconds / 1e9
+
+
+class Work(NamedTuple):
+    """Calls of some operations in one update, summed over the cores."""
+
+    seconds: float
+    flops: float
+    size: float  # bytes read and written
+    least: float  # seconds
+
+    def __add__(self, other: Any) -> Any:
+        return Work(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    def cells(self, whole: float, peak: float, bandwidth: float) -> list[str]:
+        """What `COLUMNS` name, for one core's peak in FLOP/s and bandwidth in bytes/s."""
+        return [
+            f'{1e3 * self.seconds:.1f}',
+            f'{self.seconds / whole:.1%}',
+            f'{self.flops / 1e9:.2f}',
+            f'{self.flops / self.seconds / peak:.0%}',
+            f'{self.size / 1e9:.2f}',
+            f'{self.size / self.seconds / bandwidth:.0%}',
+            f'{1e3 * self.least:.1f}',
+        ]
+
+
+def table(works: list[tuple[str, Work]], whole: float, peak: float, bandwidth: float) -> str:
+    """Markdown with a line for each."""
+    lines = [['what', *COLUMNS], ['---'] * (len(COLUMNS) + 1)]
+    lines += [[what, *work.cells(whole, peak, bandwidth)] for what, work in works]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def main() -> None:
@@ -78,25 +123,41 @@ def main() -> None:
     parser.add_argument('--kind', default='vectors')
     parser.add_argument('--updates', type=int, default=4)
     parser.add_argument('--top', type=int, default=20)
+    parser.add_argument('--output', type=pathlib.Path)
     options = parser.parse_args()
 
     from dreamerv3_jax import startup
 
     startup.tune_cpu()
-    names, calls = profile(options.size, options.kind, options.updates)
-    total = sum(map(sum, calls.values()))
-    parts: collections.Counter[str] = collections.Counter()
+    costs, calls = profile(options.size, options.kind, options.updates)
+    cores = os.cpu_count() or 1
+    peak, bandwidth = measure.measured_peak() * 1e9 / cores, measured_bandwidth() * 1e9 / cores
+    parts: dict[str, Work] = {}
+    operations: dict[str, Work] = {}
     for name, durations in calls.items():
-        parts[part_of(names[name][1], len(durations) // options.updates)] += sum(durations)
-    print(f'{total:8.1f} ms in all operations of one update')
-    for part, milliseconds in parts.most_common():
-        print(f'{milliseconds:8.1f} ms {milliseconds / total:6.1%}  {part}')
-    print(f'\nThe {options.top} longest operations:')
-    longest = sorted(calls.items(), key=lambda call: -sum(call[1]))[: options.top]
-    for name, durations in longest:
-        shape, where = names[name]
-        times = len(durations) // options.updates
-        print(f'{sum(durations):8.1f} ms {times:4d} x {name} {shape.split("{")[0]} {where[-90:]}')
+        cost, count = costs[name], len(durations) / options.updates
+        least = max(cost.flops / peak, cost.size / bandwidth)
+        work = Work(
+            sum(durations) / options.updates, *(count * x for x in (cost.flops, cost.size, least))
+        )
+        part = part_of(name, cost.where, count / cores)
+        parts[part] = work + parts.get(part, Work(0, 0, 0, 0))
+        operations[f'{count:.0f} x {name} {cost.where[-70:]}'] = work
+    whole = sum((work for work in parts.values()), Work(0, 0, 0, 0))
+
+    def longest(works: dict[str, Work]) -> list[tuple[str, Work]]:
+        return sorted(works.items(), key=lambda item: -item[1].seconds)
+
+    rates = (whole.seconds, peak, bandwidth)
+    text = (
+        f'Measured on {time.strftime("%Y-%m-%d")} with {processor()}: `python -m {NAME} '
+        f"--size={options.size} --kind='{options.kind}'`. A core's peak is {peak / 1e9:.0f} "
+        f'GFLOP/s, its part of the bandwidth {bandwidth / 1e9:.1f} GB/s.\n\n'
+    ) + table([*longest(parts), ('all', whole)], *rates)
+    print(text)
+    print(table(longest(operations)[: options.top], *rates))
+    if options.output:
+        options.output.write_text(text)
 
 
 if __name__ == '__main__':
