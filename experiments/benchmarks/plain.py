@@ -98,6 +98,13 @@ def _critic_loss(
     return two_hot_loss(logits, returns, bins) + slow_scale * slow
 
 
+def _largest(x: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    return jnp.max(jax.lax.stop_gradient(x), -1, keepdims=True)
+
+
 # name: (module, attribute, what takes its place)
 PATCHES: dict[str, tuple[str, str, Callable]] = {
     'maximum of four slices for pooling': ('nets.convolutions', 'max_pool', _window_max_pool),
@@ -128,6 +135,7 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
         _scan,
     ),
     'blocks of the recurrent model first': ('nets.rssm_cell', 'RSSMCell.sequence', _sequence),
+    'maxima of halves': ('distributions', 'largest', _largest),
     'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
 }
 SETTINGS = {

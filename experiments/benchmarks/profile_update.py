@@ -12,7 +12,6 @@ import argparse
 import collections
 import gzip
 import json
-import os
 import pathlib
 import tempfile
 import time
@@ -129,8 +128,11 @@ def main() -> None:
     from dreamerv3_jax import startup
 
     startup.tune_cpu()
+
+    import jax
+
     costs, calls = profile(options.size, options.kind, options.updates)
-    cores = os.cpu_count() or 1
+    cores = len(jax.devices())
     peak, bandwidth = measure.measured_peak() * 1e9 / cores, measured_bandwidth() * 1e9 / cores
     parts: dict[str, Work] = {}
     operations: dict[str, Work] = {}
