@@ -160,25 +160,29 @@ def without(*names: str) -> Iterator[None]:
         yield
 
 
-def ratio(size: str, kind: str, names: tuple[str, ...], runs: int) -> float:
-    """Seconds of an update without these optimisations, relative to one as it is."""
-    import jax
+class Form:
+    """An update that was compiled without some optimisations, and the seconds that it takes."""
 
-    updates = []
-    for left_out in ((), names):
-        agent = measure.make_agent(size, kind)
-        state, batch = agent.init(seed=0), measure.random_batch(agent)
+    def __init__(self, size: str, kind: str, left_out: tuple[str, ...] = ()) -> None:
+        self._agent = measure.make_agent(size, kind)
         with without(*left_out):
-            agent.compile_update(16, 64)
-        updates.append([agent, jax.block_until_ready(agent.update(state, batch)[0]), batch, []])
-    for _ in range(runs):
-        for update in updates:
-            agent, state, batch, seconds = update
-            start = time.perf_counter()
-            update[1], *_ = jax.block_until_ready(agent.update(state, batch))
-            seconds.append(time.perf_counter() - start)
-    as_it_is, plain = (statistics.median(update[-1]) for update in updates)
-    return plain / as_it_is
+            self._agent.compile_update(16, 64)
+        self._state, self._batch = self._agent.init(seed=0), measure.random_batch(self._agent)
+        self.run()
+
+    def run(self) -> float:
+        import jax
+
+        start = time.perf_counter()
+        self._state, *_ = jax.block_until_ready(self._agent.update(self._state, self._batch))
+        return time.perf_counter() - start
+
+
+def ratio(plain: Form, as_it_is: Form, runs: int) -> float:
+    """Seconds that one form takes, relative to those of the other; they take turns."""
+    seconds = [(plain.run(), as_it_is.run()) for _ in range(runs)]
+    first, second = map(statistics.median, zip(*seconds, strict=True))
+    return first / second
 
 
 def main() -> None:
@@ -195,10 +199,12 @@ def main() -> None:
 
     startup.tune_cpu()
     print(f'Times the update takes without it, {options.size} {options.kind}:', flush=True)
+    as_it_is = Form(options.size, options.kind)
     cases = {name: (name,) for name in PATCHES} | {'all of these': tuple(PATCHES)}
     for name, left_out in cases.items():
         if options.only in name:
-            value = ratio(options.size, options.kind, left_out, options.runs)
+            plain = Form(options.size, options.kind, left_out)
+            value = ratio(plain, as_it_is, options.runs)
             print(f'{value:6.2f}  {name}', flush=True)
     for name, settings in SETTINGS.items():
         if options.only in name:
