@@ -17,6 +17,7 @@ _HOMES = {
     'UserError': 'errors',
     'evaluate': 'evaluation',
     'load_config': 'presets',
+    'open_loop': 'evaluation',
     'train': 'loop',
 }
 __all__ = sorted(_HOMES)

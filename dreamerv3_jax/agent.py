@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamerv3_jax import policy, sharding, startup, update
+from dreamerv3_jax import policy, prediction, sharding, startup, update
 from dreamerv3_jax.actions import zero_actions
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.networks import compute_dtype, make_networks
@@ -83,6 +83,20 @@ class Agent:
 
         self._policy = jax.jit(keyed, static_argnums=0)
 
+        def predict(observed: int, params: Any, batch: Batch, seed: Any) -> Any:
+            return prediction.open_loop(
+                self.networks,
+                params,
+                batch,
+                jax.random.wrap_key_data(seed),
+                observed=observed,
+                observation_specs=self.observation_specs,
+                action_specs=self.action_specs,
+                config=self.config,
+            )
+
+        self._open_loop = jax.jit(predict, static_argnums=0)
+
     @classmethod
     def from_spaces(
         cls,
@@ -146,6 +160,22 @@ class Agent:
         """
         words = np.array(seed, np.uint32)
         return self._policy(mode, params, state, dict(observation), is_first, words)
+
+    def open_loop(
+        self, params: Any, batch: Batch, *, observed: int, seed: tuple[int, int] = (0, 0)
+    ) -> dict[str, prediction.Prediction]:
+        """Predicts the images of sequences from their first steps and their actions alone.
+
+        Args:
+          params: `TrainState.params`.
+          batch: [B, T + 1] steps, such as `steps.to_batch` makes of what `Replay.sample` returns.
+          observed: how many of the T steps the model sees, from 1 to T - 1.
+          seed: of the latents.
+
+        Returns:
+          {name: `Prediction`}, see `prediction.open_loop`; `prediction.video` makes a film of it.
+        """
+        return self._open_loop(observed, params, batch, np.array(seed, np.uint32))
 
     def blank_batch(self, batch_size: int, batch_length: int) -> Batch:
         """Zeros [B, T + 1, ...] of the shapes and dtypes that the update takes."""

@@ -75,6 +75,9 @@ options:
   --episodes=20                 number of episodes
   --seed=0                      seed of the environments, and of the actions if sampled
   --video=FILE.mp4              also writes a video of the first episode (or FILE.gif)
+  --open-loop=FILE.mp4          also writes a video of four sequences whose first 5 steps of 50 the
+                                world model sees: the truth, below it what the model predicts from
+                                the actions alone, and the difference (or FILE.gif)
   --sample                      samples actions as in training, instead of the likeliest ones
   --help                        this text
 
@@ -198,6 +201,7 @@ def _evaluate(arguments: list[str]) -> None:
     parser.add_argument('--episodes', type=whole_number, default=20)
     parser.add_argument('--seed', type=whole_number, default=0)
     parser.add_argument('--video', type=Path)
+    parser.add_argument('--open-loop', type=Path)
     parser.add_argument('--sample', action='store_true')
     options = parser.parse(arguments)
     logdir = _existing_run(options.folder or options.logdir)
@@ -208,9 +212,12 @@ def _evaluate(arguments: list[str]) -> None:
     if not 0 <= options.seed <= settings.MOST_SEED:
         raise UserError(f'--seed must be from 0 to {settings.MOST_SEED}, not {options.seed}.')
     _check_video(options.video)
+    _check_video(options.open_loop, '--open-loop')
     startup.prepare()
     from dreamerv3_jax import evaluation
 
+    if options.open_loop:
+        evaluation.open_loop(logdir, seed=options.seed, video=options.open_loop)
     result = evaluation.evaluate(
         logdir,
         episodes=options.episodes,
@@ -232,9 +239,9 @@ def _evaluate(arguments: list[str]) -> None:
     )
 
 
-def _check_video(path: Path | None) -> None:
+def _check_video(path: Path | None, option: str = '--video') -> None:
     if path and path.suffix not in ('.mp4', '.gif'):
-        raise UserError(f'--video must end with .mp4 or .gif, unlike {path}.')
+        raise UserError(f'{option} must end with .mp4 or .gif, unlike {path}.')
 
 
 def _existing_run(name: str) -> Path:

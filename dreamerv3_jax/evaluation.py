@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import scipy.stats
 
-from dreamerv3_jax import checkpoint, envs, run_folder, sharding, video_file
+from dreamerv3_jax import checkpoint, envs, prediction, run_folder, sharding, steps, video_file
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.replay import Replay
 from dreamerv3_jax.spaces import ArraySpec
+from dreamerv3_jax.types import Batch
 
 
 class Player:
@@ -78,11 +80,32 @@ class Player:
           observation: what each environment returned last.
           is_first: [N] bool, whether that came from a reset.
         """
-        self._state, actions, _ = self._agent.policy(
+        self._state, actions, self._latents = self._agent.policy(
             self._params, self._state, observation, is_first, (self._seed, self._calls), self._mode
         )
         self._calls += 1
         return jax.device_get(actions)
+
+    def _play(self, env: envs.VectorEnvironment, length: int) -> Batch:
+        """Plays N sequences from the reset on, and returns them as the replay does."""
+        replay = Replay(
+            steps.replay_specs(self._agent),
+            capacity=2 * env.num_envs * (length + 1),  # an episode may end at every step
+            streams=env.num_envs,
+            batch_size=env.num_envs,
+            batch_length=length,
+            online=True,  # so that each sequence is drawn once
+            seed=0,
+        )
+        records = env.reset()
+        for _ in range(length + 1):
+            actions = self.act(records.observation, records.is_first)
+            latents = jax.device_get(self._latents)
+            replay.add(steps.replay_step(records, actions, latents._asdict()))
+            records, finals = env.step(actions)
+            if finals is not None:
+                replay.add(steps.final_step(finals.records, self._agent), finals.streams)
+        return steps.to_batch(replay.sample()[0])
 
 
 def evaluate(
@@ -154,6 +177,66 @@ def evaluate(
     if episodes > 1:
         ci95 = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, episodes - 1))
     return {'mean': float(values.mean()), 'ci95': ci95, **finished}
+
+
+def open_loop(
+    logdir: Path | str,
+    *,
+    sequences: int = 4,
+    length: int = 50,
+    observed: int = 5,
+    seed: int = 0,
+    video: Path | str | None = None,
+) -> dict[str, prediction.Prediction]:
+    """Lets the world model of a run predict what it does not see, of episodes played for it.
+
+    The newest checkpoint plays, with sampled actions as in training. The model sees the first steps
+    of each sequence, and predicts the rest from the actions alone. A first step comes before all of
+    them, where the episode begins.
+
+    Args:
+      logdir: folder of the run.
+      sequences: B, each of an environment of its own.
+      length: T.
+      observed: how many of the T steps the model sees.
+      seed: of the environments and of all sampling.
+      video: .mp4 or .gif, truth above prediction above difference.
+
+    Returns:
+      {name: `Prediction`} of each image that the agent observes, arrays [B, T, H, W, C].
+
+    Raises:
+      UserError: there is no checkpoint, no image or no sequence of this kind, or no way to make the
+        video.
+    """
+    if sequences < 1 or not 0 < observed < length:
+        raise UserError(
+            f'There is nothing to predict in {sequences} sequences of {length} steps of which '
+            f'{observed} are observed.'
+        )
+    logdir = Path(logdir)
+    config = run_folder.read_config(logdir)
+    _require_checkpoint(logdir)
+    config.env.num_envs = sequences
+    env_seed = run_folder.derived_seed(seed, 2**31)
+    with (
+        video_file.Film(None if video is None else Path(video)) as film,
+        envs.make(config.env, env_seed, restart=False) as env,
+    ):
+        if all(spec.kind != 'image' for spec in env.observation_specs.values()):
+            raise UserError(f'The agent in {logdir} observes no pictures that it could predict.')
+        player = Player(
+            logdir, env.observation_specs, env.action_specs, count=sequences, seed=seed, sample=True
+        )
+        batch = player._play(env, length)
+        predicted = jax.device_get(
+            player._agent.open_loop(player._params, batch, observed=observed, seed=(seed, 0))
+        )
+        if film.running:
+            film.frame_rate = env.frame_rate
+            for frame in prediction.video(predicted):
+                film.add(frame)
+    return predicted
 
 
 def _require_checkpoint(logdir: Path) -> Path:

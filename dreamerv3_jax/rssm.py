@@ -202,6 +202,22 @@ def observe(
     return Observed(latent, log_posterior, log_prior)
 
 
+def imagine_step(
+    dynamics: Network,
+    params: Params,
+    latent: Latent,
+    action: Array,
+    uniform: Array | None,
+    *,
+    unimix: float,
+) -> Latent:
+    """One prior step: from latents [N, ...] by embedded actions [N, U]; for `uniform` see
+    `observe_step`."""
+    deter = dynamics(params, latent.deter, flat(latent.stoch), action, method='sequence')
+    log_prior = distributions.unimix(dynamics(params, deter, method='prior'), unimix)
+    return Latent(deter, sample_latent(log_prior, uniform, deter.dtype))
+
+
 def imagine(
     dynamics: Network,
     params: Params,
@@ -237,12 +253,47 @@ def imagine(
         step_uniform, step_key = inputs
         flat_action, record = act(latent, step_key)
         embedded = dynamics(params, flat_action, method='embed_action')
-        deter = dynamics(params, latent.deter, flat(latent.stoch), embedded, method='sequence')
-        log_prior = distributions.unimix(dynamics(params, deter, method='prior'), unimix)
-        stoch = sample_latent(log_prior, step_uniform, deter.dtype)
-        return Latent(deter, stoch), (latent, record)
+        following = imagine_step(dynamics, params, latent, embedded, step_uniform, unimix=unimix)
+        return following, (latent, record)
 
     act_keys = jax.random.split(act_key, length)
     last, outputs = jax.lax.scan(step, start, (uniform, act_keys))
     latents, records = jax.tree.map(lambda x: x.swapaxes(0, 1), outputs)
     return latents, last, records
+
+
+def open_loop(
+    dynamics: Network,
+    params: Params,
+    start: Latent,
+    action: Array,
+    is_first: Array,
+    key: chex.PRNGKey | None,
+    *,
+    unimix: float,
+) -> Latent:
+    """Rolls the prior ahead with given actions. Returns the latents [B, T, ...] after each.
+
+    Args:
+      dynamics: the `RSSMCell`.
+      params: of the cell.
+      start: [B, ...] latent before the first step.
+      action: [B, T, A] flat actions taken before each step.
+      is_first: [B, T] bool; latent and previous action are zeroed there.
+      key: consumed here; None takes the most probable latents.
+      unimix: share of the uniform distribution.
+    """
+    chex.assert_rank([action, is_first], [3, 2])
+    embedded = embed_previous_action(dynamics, params, action, is_first)
+    uniform = None
+    if key is not None:
+        uniform = jax.random.uniform(key, (action.shape[1], *start.stoch.shape[:-1]))
+
+    def step(latent: Latent, inputs: tuple) -> tuple[Latent, Latent]:
+        step_action, step_is_first, step_uniform = inputs
+        latent = Latent(*(_mask(~step_is_first, x) for x in latent))
+        latent = imagine_step(dynamics, params, latent, step_action, step_uniform, unimix=unimix)
+        return latent, latent
+
+    inputs = (embedded.swapaxes(0, 1), is_first.swapaxes(0, 1), uniform)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), jax.lax.scan(step, start, inputs)[1])

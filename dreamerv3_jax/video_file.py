@@ -88,6 +88,10 @@ def picture(env: VectorEnvironment, records: Records) -> np.ndarray:
         return drawn
     for name, spec in env.observation_specs.items():
         if spec.kind == 'image':
-            image = records.observation[name][0]
-            return np.repeat(image[..., :1], 3, -1) if image.shape[-1] != 3 else image
+            return colours(records.observation[name][0])
     raise UserError('This environment draws no pictures, so that there can be no video.')
+
+
+def colours(images: np.ndarray) -> np.ndarray:
+    """Returns [..., 3] of [..., C]: grey as the first channel where these are no three colours."""
+    return np.repeat(images[..., :1], 3, -1) if images.shape[-1] != 3 else images

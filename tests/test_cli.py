@@ -161,6 +161,7 @@ def mistake(capsys, *arguments):
         ('evaluate run --seed=-1', '--seed must be from 0 to 4294967295, not -1.'),
         ('evaluate run --seed=5000000000', '--seed must be from 0 to 4294967295'),
         ('evaluate run --video=film.avi', '--video must end with .mp4 or .gif'),
+        ('evaluate run --open-loop=film', '--open-loop must end with .mp4 or .gif'),
         # Environments.
         ('envs Hovre-v0', 'Did you mean Hover-v0'),
         ('envs crafter', 'Did you mean crafter/reward'),
@@ -393,6 +394,18 @@ def test_evaluate_prints_the_score(evaluated, capsys, folder):
     )
     reports[1](1, 2.5, 7)
     assert capsys.readouterr().out == 'episode 1/2: return 2.50, length 7\n'
+
+
+def test_evaluate_shows_the_open_loop(evaluated, monkeypatch, folder):
+    (folder / 'run').mkdir()
+    calls = []
+    module = sys.modules['dreamerv3_jax.evaluation']
+    monkeypatch.setattr(
+        module, 'open_loop', lambda *run, **options: calls.append((run, options)), raising=False
+    )
+    assert cli.main(['evaluate', 'run', '--seed=5', '--open-loop=a.gif']) == 0
+    assert calls == [((Path('run'),), {'seed': 5, 'video': Path('a.gif')})]
+    assert evaluated[0][1]['video'] is None
 
 
 def test_evaluate_prints_the_score_in_any_language(evaluated, monkeypatch, folder):

@@ -160,6 +160,26 @@ def test_imagine_is_a_loop_of_steps():
     assert latents.deter.shape == (2, 3, D) and latents.stoch.shape == (2, 3, S, C)
 
 
+def test_open_loop_is_a_loop_of_steps():
+    """States after each given action; those before a reset do not matter after it."""
+    start, params, dynamics = latent(2, seed=5), parameters()['dynamics'], networks().dynamics
+    action, is_first = random(2, 3, A, seed=6), np.array([[False] * 3, [False, True, False]])
+    latents = jax.jit(
+        lambda start: rssm.open_loop(
+            dynamics, params, start, action, jnp.asarray(is_first), None, **UNIMIX
+        )
+    )(start)
+    deter, stoch = (np.asarray(x, np.float64) for x in (start.deter, start.stoch))
+    for t in range(3):
+        keep = ~is_first[:, t, None]
+        deter, stoch = deter * keep, stoch * keep[..., None]
+        deter = plain_sequence(deter, stoch.reshape(2, -1), np.asarray(action[:, t]) * keep, params)
+        logits = linear(hidden(deter, params['prior_hidden']['hidden_0']), params['prior_logits'])
+        stoch = np.eye(C)[logits.reshape(2, S, C).argmax(-1)]
+        np.testing.assert_allclose(latents.deter[:, t], deter, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(latents.stoch[:, t], stoch, atol=1e-6)
+
+
 def test_batched_gradients_by_hand():
     # x' = a x + u from x = 1 with a = 3, u = 1, 2: 4, then 14. d(14)/da = 1 * a + 4 = 7 = 4 + 3.
     def step(a, x, u):

@@ -23,7 +23,7 @@ LAYERS = (
     'losses nets',
     'networks optimizer actions hosts',
     'rssm',
-    'world_model actor_critic policy',
+    'world_model actor_critic policy prediction',
     'train_state',
     'update',
     'sharding checkpoint run_folder',
