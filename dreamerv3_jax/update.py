@@ -120,12 +120,13 @@ def update(
         config=config,
     )  # fmt: skip
     grads = split(grads)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    rate = config.slow_critic_rate
-    slow_critic = jax.tree.map(
-        lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic']
-    )
+    with jax.named_scope('optimizer'):
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = config.slow_critic_rate
+        slow_critic = jax.tree.map(
+            lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic']
+        )
     gradient_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(gradient_norm)
     metrics |= {

@@ -23,8 +23,8 @@ from experiments.machine import processor
 NAME = 'experiments.benchmarks.profile_update'  # of this module, however it was started
 # The part of the agent by a word in an operation's name; the first that fits counts.
 PARTS = (
-    ('random_bits', 'random numbers'),
-    ('threefry', 'random numbers'),
+    ('(_uniform', 'random numbers'),
+    ('(_normal', 'random numbers'),
     ('Encoder', 'encoder'),
     ('Decoder', 'decoder'),
     ('Actor', 'actor'),
@@ -35,6 +35,7 @@ PARTS = (
     ('jvp', 'losses and sampling'),
 )
 LOOPS = {15: 'in imagination', 64: 'along the sequence'}  # by their length
+LOOPLESS = ('encoder', 'decoder')  # but for the gradients of kernels, chunk by chunk
 COLUMNS = ('ms', 'share', 'GFLOP', 'of peak', 'GB', 'of bandwidth', 'least ms')
 
 
@@ -44,9 +45,9 @@ def part_of(name: str, where: str, calls: float) -> str:
         return 'waiting for other cores'
     part = next((part for word, part in PARTS if word in where), 'copies and the rest')
     loop = next((text for length, text in LOOPS.items() if abs(calls - length) < 2), '')
-    if 'while' in where and loop:
+    if 'while' in where and loop and part not in LOOPLESS:
         return f'{part}, {loop}'
-    return part + (', backward' if 'transpose(' in where else '')
+    return part + (', backward' if 'transpose(' in where or 'while' in where else '')
 
 
 def profile(size: str, kind: str, updates: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
