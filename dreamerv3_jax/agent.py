@@ -59,7 +59,7 @@ class Agent:
         self.mesh = mesh or sharding.make_mesh(data=1)
         self.networks = make_networks(self.observation_specs, self.action_specs, self.config)
         self._optimizer = make_optimizer(self.config)
-        self._pure_update = functools.partial(
+        self.pure_update = functools.partial(
             update.update,
             networks=self.networks,
             optimizer=self._optimizer,
@@ -198,16 +198,21 @@ class Agent:
             stoch=zeros((batch_size, config.stoch), np.uint8),
         )
 
-    def compile_update(self, batch_size: int, batch_length: int) -> None:
-        """Compiles the update for batches of these shapes, of all hosts; or its first call does."""
+    def compile_update(self, batch_size: int, batch_length: int) -> Any:
+        """Compiles the update for batches of these shapes, of all hosts; or its first call does.
+
+        Returns:
+          The compiled program (`jax.stages.Compiled`), to be looked at.
+        """
         self._compile(self.blank_batch(batch_size, batch_length))
+        return self._compiled_update
 
     def _compile(self, batch: Batch) -> None:
         state = jax.eval_shape(lambda: self.init(0))
         state_sharding = sharding.state_sharding(self.mesh, state)
         batch_sharding = sharding.batch_sharding(self.mesh, batch.reward.shape[0])
         self._compiled_update = sharding.compile_for(
-            self._pure_update,
+            self.pure_update,
             sharding.abstract(state, state_sharding),
             sharding.abstract(batch, batch_sharding),
             out_shardings=(state_sharding, batch_sharding, sharding.replicated(self.mesh)),

@@ -1,4 +1,4 @@
-"""The command line: `train`, `evaluate`, `presets` and `envs`.
+"""The command line: `train`, `evaluate`, `plan`, `presets` and `envs`.
 
 Neither jax nor an environment is imported before the arguments are known to be right, so that help
 and mistakes are answered at once and a mistake leaves nothing behind.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dreamerv3_jax import presets, settings, startup
+from dreamerv3_jax import presets, settings, startup, topology
 from dreamerv3_jax.arguments import PROGRAM, Parser, build_config, split_overrides, whole_number
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError, nearest
@@ -26,6 +26,7 @@ DreamerV3 in JAX: learns a model of an environment, and to act by imagining with
 commands:
   train      learn in an environment, or go on with a stopped run
   evaluate   play episodes with a trained agent
+  plan       tell what training takes of devices that need not be here
   presets    list the configurations that come with the package
   envs       list the suites of environments, or look at one environment
 
@@ -84,6 +85,32 @@ options:
 examples:
   {PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0
   {PROGRAM} evaluate runs/quickstart-Hover-v0-cpu-seed0 --episodes=5 --video=hover.mp4
+"""
+_PLAN_HELP = f"""\
+usage: {PROGRAM} plan --topology=KIND:SHAPE [--config=PRESET[:SIZE]] [--config.KEY=VALUE ...]
+
+Compiles the update for devices that need not be here, and tells what it takes of them: memory,
+operations, exchanges between devices, and an estimate of the time. If it does not fit, the nearest
+settings that do are looked for. Compiling takes minutes.
+
+options:
+  --topology=KIND:SHAPE         {topology.EXAMPLES}
+  --config=PRESET[:SIZE]        a preset; default: gymnasium. Without an environment, the agent sees
+                                a picture of 64x64 pixels and takes one of 17 actions
+  --config.KEY=VALUE            changes one setting, as in training
+  --help                        this text
+
+settings that decide:
+  --config.mesh.fsdp=1          devices over which parameters and optimiser are spread
+  --config.agent.remat=false    less memory, slower updates
+  --config.agent.compute_dtype=auto
+                                bfloat16 or float32; auto is bfloat16 on TPUs
+  --config.replay.batch_size=16 sequences, a multiple of the devices
+  --config.env.image_size=0     side of the picture
+
+examples:
+  {PROGRAM} plan --topology=v5e:2x2 --config=gymnasium:size200m --config.mesh.fsdp=4
+  {PROGRAM} plan --topology=cpu:8 --config=crafter:size12m
 """
 _PRESETS_HELP = f"""\
 usage: {PROGRAM} presets
@@ -239,6 +266,26 @@ def _evaluate(arguments: list[str]) -> None:
     )
 
 
+def _plan(arguments: list[str]) -> None:
+    overrides, rest = split_overrides(arguments)
+    parser = Parser(settings.names())
+    parser.add_argument('--topology', default='')
+    parser.add_argument('--config', default='gymnasium')
+    options = parser.parse(rest)
+    if not options.topology:
+        raise UserError(f'Name the devices with --topology, as {topology.EXAMPLES}.')
+    devices = topology.parse(options.topology)
+    config, _ = build_config(options.config, overrides)
+    named = config.env.id
+    config.env.update(id=named or 'none', num_envs=1)
+    settings.validate(config)
+    config.env.id = named
+    startup.prepare_plan(devices.kind, devices.size)
+    from dreamerv3_jax import plan
+
+    plan.report(config, devices, lambda line: print(line, flush=True))
+
+
 def _check_video(path: Path | None, option: str = '--video') -> None:
     if path and path.suffix not in ('.mp4', '.gif'):
         raise UserError(f'{option} must end with .mp4 or .gif, unlike {path}.')
@@ -304,6 +351,7 @@ def _versions() -> str:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     'train': (_train, _TRAIN_HELP),
     'evaluate': (_evaluate, _EVALUATE_HELP),
+    'plan': (_plan, _PLAN_HELP),
     'presets': (_presets, _PRESETS_HELP),
     'envs': (_envs, _ENVS_HELP),
 }

@@ -339,7 +339,7 @@ def check_memory(specs: Specs, capacity: int, directory: Path | None = None) -> 
       UserError: with the capacity that fits.
     """
     needed = bytes_per_step(specs) * capacity
-    available = _available_memory() if directory is None else _available_disk(directory)
+    available = available_memory() if directory is None else _available_disk(directory)
     if available is None or needed <= available:
         return
     fitting = int(0.8 * available) // bytes_per_step(specs)  # the rest for everything else
@@ -380,7 +380,7 @@ def _available_disk(directory: Path) -> int:
     return shutil.disk_usage(existing).free + reused
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Returns the free memory in bytes, or `None` where the system does not say."""
     limits = []
     try:

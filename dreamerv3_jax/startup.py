@@ -10,6 +10,8 @@ import os
 import platform
 from pathlib import Path
 
+from dreamerv3_jax.errors import UserError
+
 _C_LIBRARY = 'libc.so.6'  # glibc's name; other C libraries have other ones
 # From malloc.h. Large buffers are kept instead of being returned to the system after every
 # operation, which costs a page fault per 4 KB when they are needed again. The process does not
@@ -39,6 +41,30 @@ def prepare() -> None:
     """What the command line does before it imports jax."""
     tune_cpu()
     keep_compiled_programs()
+
+
+def prepare_plan(kind: str, count: int) -> None:
+    """What comes before jax is imported to compile for devices that are not here.
+
+    Args:
+      kind: cpu, or a kind of TPU.
+      count: number of devices.
+
+    Raises:
+      UserError: the compiler for TPUs is missing.
+    """
+    if kind != 'cpu' and importlib.util.find_spec('libtpu') is None:
+        pinned = [x for x in importlib.metadata.requires('jax') or () if x.startswith('libtpu')]
+        package = pinned[0].partition(';')[0].strip() if pinned else 'libtpu'
+        raise UserError(
+            f"The compiler for TPUs is not installed; it comes with: pip install '{package}'."
+        )
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    if kind == 'cpu':
+        os.environ['JAX_NUM_CPU_DEVICES'] = str(count)
+    else:  # no TPU is looked for, and jax and this may both hold the compiler
+        os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+    tune_cpu()
 
 
 def keep_compiled_programs() -> None:
@@ -88,7 +114,10 @@ def _only_cpu() -> bool:
     if platforms:
         return platforms == 'cpu'
     devices = glob.glob('/dev/nvidia[0-9]*') + glob.glob('/dev/accel*') + glob.glob('/dev/kfd')
-    return not devices and importlib.util.find_spec('libtpu') is None
+    # Newer TPUs are such devices, and so is other hardware; the compiler alone makes no TPU.
+    if importlib.util.find_spec('libtpu') is not None:
+        devices += glob.glob('/dev/vfio/[0-9]*')
+    return not devices
 
 
 def _cores() -> int:

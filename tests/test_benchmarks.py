@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dreamerv3_jax import update
+from dreamerv3_jax import flops, update
 
 ROOT = Path(__file__).parent.parent
 MEASURE = [sys.executable, '-m', 'experiments.benchmarks.measure']
@@ -22,8 +22,6 @@ def modules(monkeypatch):
 
 
 def count(function, *shapes):
-    from experiments.benchmarks import flops
-
     return flops.count(function, *(jnp.ones(shape) for shape in shapes))
 
 
@@ -58,6 +56,8 @@ def test_scans_are_unrolled_and_unknown_lengths_refused():
 
     assert count(scanned, (3, 3), (3, 3)) == 5 * 2 * 27
     assert count(jax.jit(scanned), (3, 3), (3, 3)) == 5 * 2 * 27
+    # Three arrays of 9 numbers, 4 bytes each.
+    assert flops.products(scanned, jnp.ones((3, 3)), jnp.ones((3, 3))) == [(2 * 27, 3 * 36, 5)]
     with pytest.raises(ValueError, match='products in a while'):
         count(loop, (3, 3), (3, 3))
 

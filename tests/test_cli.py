@@ -77,10 +77,10 @@ def mistake(capsys, *arguments):
     ('arguments', 'words'),
     [
         # Commands.
-        ('', 'Give a command: train, evaluate, presets, envs.'),
+        ('', 'Give a command: train, evaluate, plan, presets, envs.'),
         ('--config=quickstart', 'Give a command, before --config=quickstart'),
         ('trian --config=quickstart', "no command 'trian'; did you mean 'train'?"),
-        ('xyz', 'choose one of train, evaluate, presets, envs.'),
+        ('xyz', 'choose one of train, evaluate, plan, presets, envs.'),
         # Options.
         ('train', 'Choose a preset, as in --config=quickstart'),
         ('train --config', '--config expected one argument.'),

@@ -48,7 +48,7 @@ def test_bytes_per_step():
 
 
 def test_check_memory_names_a_capacity_that_fits(monkeypatch):
-    monkeypatch.setattr(replay_module, '_available_memory', lambda: 37 * 10_000)
+    monkeypatch.setattr(replay_module, 'available_memory', lambda: 37 * 10_000)
     check_memory(SPECS, 10_000)
     with pytest.raises(UserError, match='on_disk=True') as error:
         check_memory(SPECS, 10_001)
@@ -58,7 +58,7 @@ def test_check_memory_names_a_capacity_that_fits(monkeypatch):
 
 
 def test_check_memory_passes_where_the_system_does_not_say(monkeypatch):
-    monkeypatch.setattr(replay_module, '_available_memory', lambda: None)
+    monkeypatch.setattr(replay_module, 'available_memory', lambda: None)
     check_memory(SPECS, 10**15)
 
 
@@ -112,7 +112,7 @@ def test_available_memory(files, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'read_text', read_text)
         patch.setattr(replay_module.os, 'sysconf', system.__getitem__)
-        available = replay_module._available_memory()
+        available = replay_module.available_memory()
     assert available == expected
 
 

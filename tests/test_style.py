@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'dreamerv3_jax'
 # From the lowest layer up. A file imports from layers below its own only; files of one folder may
 # import each other, and so may the files of the first two layers.
 LAYERS = (
-    'errors startup config configs presets settings arguments '
+    'errors startup config configs presets settings arguments topology program flops '
     'types transforms distributions returns normalization',
     'durable images spaces metrics progress interrupts replay train_ratio '
     'envs video_file env_report',
@@ -31,13 +31,14 @@ LAYERS = (
     'steps',
     'feed summary agreement',
     'learner',
-    'loop evaluation',
+    'loop evaluation plan',
     'cli',
     '__main__',
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 HOST = LAYERS[1].split()
-WITHOUT_JAX = [*HOST, *'errors config configs presets settings arguments startup cli'.split()]
+WITHOUT_JAX = [*HOST, 'topology', 'program', 'cli']
+WITHOUT_JAX += 'errors config configs presets settings arguments startup'.split()
 JAX_PACKAGES = {'jax', 'jaxlib', 'flax', 'optax', 'chex', 'orbax'}
 
 

@@ -223,7 +223,7 @@ def test_remat_changes_no_number(updated):
     # And it does something: every network of which there is a gradient is marked.
     marks = {}
     for name, one in {'kept': corridor.agent(), 'again': agent}.items():
-        program = jax.make_jaxpr(one._pure_update)(jax.eval_shape(lambda: state), corridor_batch())
+        program = jax.make_jaxpr(one.pure_update)(jax.eval_shape(lambda: state), corridor_batch())
         marks[name] = str(program).count('prevent_cse=True')
     assert marks['kept'] == 0 and marks['again'] >= 7
 

@@ -134,11 +134,11 @@ def measured_peak() -> float:
 def measure_update(size: str, kind: str, runs: int) -> dict[str, Any]:
     import jax
 
-    from experiments.benchmarks import flops
+    from dreamerv3_jax import flops
 
     agent = make_agent(size, kind)
     state, batch = agent.init(seed=0), random_batch(agent)
-    operations = flops.count(agent._pure_update, state, batch)
+    operations = flops.count(agent.pure_update, state, batch)
 
     def run() -> None:
         nonlocal state

@@ -2,11 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
+
+
+class Product(NamedTuple):
+    """A matrix product or convolution of a function."""
+
+    flops: int
+    bytes: int  # of both operands and the result
+    times: int  # how often it runs
 
 
 def count(function: Callable, *arguments: Any) -> int:
@@ -21,27 +29,36 @@ def count(function: Callable, *arguments: Any) -> int:
     Raises:
       ValueError: products in a loop of unknown length, or in a branch.
     """
+    return sum(product.flops * product.times for product in products(function, *arguments))
+
+
+def products(function: Callable, *arguments: Any) -> list[Product]:
+    """All matrix products and convolutions whose results are used, for arguments as of `count`."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(used)
+    return list(_products(used))
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
-    total = 0
+def _products(jaxpr: core.Jaxpr) -> Iterator[Product]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == 'dot_general':
-            total += _product(equation)
+            yield Product(_product(equation), _bytes(equation), 1)
         elif equation.primitive.name == 'conv_general_dilated':
-            total += _convolution(equation)
+            yield Product(_convolution(equation), _bytes(equation), 1)
         else:
-            counts = list(map(_count, _inner(equation.params.values())))
-            inside = sum(counts)
-            if equation.primitive.name == 'cond' and len(set(counts)) == 1:
-                inside = counts[0]  # the same whichever branch runs
-            elif inside and equation.primitive.name in ('while', 'cond'):
+            inner = [list(_products(jaxpr)) for jaxpr in _inner(equation.params.values())]
+            if equation.primitive.name == 'cond' and len(set(map(_total, inner))) == 1:
+                inner = inner[-1:]  # as many whichever runs; the last is not that for CPUs
+            elif any(inner) and equation.primitive.name in ('while', 'cond'):
                 raise ValueError(f'How often the products in a {equation.primitive.name} run?')
-            total += inside * equation.params.get('length', 1)
-    return total
+            length = equation.params.get('length', 1)
+            for found in inner:
+                for product in found:
+                    yield product._replace(times=product.times * length)
+
+
+def _total(found: list[Product]) -> int:
+    return sum(product.flops * product.times for product in found)
 
 
 def _inner(values: Any) -> Iterator[core.Jaxpr]:
@@ -52,6 +69,11 @@ def _inner(values: Any) -> Iterator[core.Jaxpr]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _inner(value)
+
+
+def _bytes(equation: core.JaxprEqn) -> int:
+    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _product(equation: core.JaxprEqn) -> int:

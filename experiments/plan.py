@@ -1,0 +1,97 @@
+"""Plans all sizes on four topologies of TPUs; writes plan.json and plan.md beside this file.
+
+pip install libtpu  # the version that jax[tpu] asks for
+python -m experiments.plan
+
+Each case is compiled in a process of its own, which takes minutes; those that stand in plan.json
+already are not compiled again. The observation is a 64x64x3 picture, the action one of 17.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from dreamerv3_jax import startup, topology
+from dreamerv3_jax.configs import base
+from experiments.machine import processor
+
+FOLDER = pathlib.Path(__file__).parent
+NAME = 'experiments.plan'  # of this module, however it was started
+SIZES = [size for size in base.SIZES if size.startswith('size')]
+TOPOLOGIES = ('v5e:1x1', 'v5e:4x8', 'v5p:2x2x1', 'v6e:16x16')
+
+
+def case(size: str, where: str, **changes: Any) -> dict[str, Any]:
+    """What identifies a case: the batch has one sequence for each device, but 16 at least."""
+    batch = max(16, topology.parse(where).size)
+    settings = {'replay.batch_size': batch, 'mesh.fsdp': 1, 'agent.remat': False}
+    settings |= {'agent.compute_dtype': 'bfloat16'}
+    names = {'remat': 'agent.remat', 'fsdp': 'mesh.fsdp', 'dtype': 'agent.compute_dtype'}
+    settings |= {names[name]: value for name, value in changes.items()}
+    return {'size': size, 'topology': where, **settings}
+
+
+def cases() -> list[dict[str, Any]]:
+    """All of them: those that tell most come first."""
+    largest = [case('size400m', 'v5e:4x8', fsdp=32, remat=True)]
+    table = [case(size, where) for size in SIZES for where in TOPOLOGIES]
+    settings = [
+        case(size, 'v5e:1x1', remat=remat, dtype=dtype)
+        for size in ('size12m', 'size50m')
+        for remat in (False, True)
+        for dtype in ('bfloat16', 'float32')
+    ]
+    listed = [*table[:1], *largest, *table, *settings]
+    return [x for number, x in enumerate(listed) if x not in listed[:number]]
+
+
+def measure(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of one case."""
+    where = topology.parse(wanted['topology'])
+    startup.prepare_plan(where.kind, where.size)
+    from dreamerv3_jax import plan, presets, settings
+
+    config = presets.load_config(f'gymnasium:{wanted["size"]}')
+    for key, value in wanted.items():
+        if '.' in key:
+            settings.override(config, key, str(value))
+    return dataclasses.asdict(plan.Planner(config, where).measure())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument('--case', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(json.loads(options.case))))
+        return
+    path = FOLDER / 'plan.json'
+    results = json.loads(path.read_text()) if path.exists() else []
+    for wanted in cases():
+        if any(result['case'] == wanted for result in results):
+            continue
+        print(wanted, flush=True)
+        command = [sys.executable, '-m', NAME, '--case', json.dumps(wanted)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures = json.loads(output.splitlines()[-1])
+        results.append({'case': wanted, 'figures': figures, 'made': made()})
+        path.write_text(json.dumps(results, indent=1) + '\n')
+
+
+def made() -> str:
+    """When, where and with what a case was compiled."""
+    versions = [f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu')]
+    return f'{datetime.date.today()}, {", ".join(versions)}, on an {processor()}'
+
+
+if __name__ == '__main__':
+    main()

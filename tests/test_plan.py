@@ -1,0 +1,276 @@
+"""`dreamerv3-jax plan`: topologies, exchanges in a program's text, and figures of real updates."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import unittest.mock
+
+import jax
+import pytest
+import tiny_runs
+
+from dreamerv3_jax import cli, plan, presets, program, settings, startup, topology
+from dreamerv3_jax.errors import UserError
+
+# Four devices: 10 MB are gathered by one exchange spread over two operations, a loop of 5 adds up
+# two arrays each time, and what is started is counted where it is done.
+PROGRAM = """\
+HloModule jit_update, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %add = f32[]{:T(128)} add(%a, %b)
+}
+
+%start (p: bf16[2000000]) -> (bf16[5000000], s32[2]) {
+  %p = bf16[1250000]{0} parameter(0)
+  %all-gather.1 = bf16[5000000]{0} all-gather(%p), channel_id=7, dimensions={0}
+  ROOT %custom-call.1 = (bf16[5000000]{0}, s32[2]{0}) custom-call(%all-gather.1)
+}
+
+%done (p.1: bf16[1250000]) -> bf16[5000000] {
+  %p.1 = bf16[1250000]{0} parameter(0)
+  ROOT %all-gather.2 = bf16[5000000]{0} all-gather(%p.1), channel_id=7, dimensions={0}
+}
+
+%body (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %state = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%state), index=1
+  %all-reduce.1 = (f32[8,4]{1,0}, /*index=1*/s8[]) all-reduce(%x, %i), channel_id=8, to_apply=%sum
+  ROOT %tuple = (s32[], f32[8,4]{1,0}) tuple(%i, %x)
+}
+
+%condition (state.1: (s32[], f32[8,4])) -> pred[] {
+  %state.1 = (s32[], f32[8,4]{1,0}) parameter(0)
+  %five = s32[] constant(5)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  ROOT %less = pred[] compare(%i.1, %five), direction=LT
+}
+
+ENTRY %main (p.2: bf16[1250000], x.1: f32[8,4]) -> f32[2,4] {
+  %p.2 = bf16[1250000]{0} parameter(0)
+  %fusion.1 = (bf16[5000000]{0}, s32[2]{0}) fusion(%p.2), kind=kCustom, calls=%start
+  %fusion.2 = bf16[5000000]{0} fusion(%p.2), kind=kCustom, calls=%done
+  %x.1 = f32[8,4]{1,0} parameter(1)
+  %begin = (s32[], f32[8,4]{1,0}) tuple(%x.1)
+  %loop = (s32[], f32[8,4]{1,0}) while(%begin), condition=%condition, body=%body
+  %permute = (f32[8,4]{1,0}, f32[8,4]{1,0}) collective-permute-start(%x.1), channel_id=9
+  %permuted = f32[8,4]{1,0} collective-permute-done(%permute)
+  ROOT %scattered = f32[2,4]{1,0} reduce-scatter(%permuted), channel_id=10, to_apply=%sum
+}
+"""
+FIGURES = plan.Figures(
+    devices=4,
+    memory=1000,
+    parameters=10,
+    arguments=100,
+    results=20,
+    temporaries=300,
+    code=50,
+    beside=30,
+    refused=0,
+    flops=8 * 10**12,
+    products_seconds=0.010,
+    state_seconds=0.002,
+    exchange_seconds=0.004,
+    collectives={'all-reduce': [3, 12_345_678]},
+    compile_seconds=7.4,
+)
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Plans set environment variables, for jax to start with."""
+    with unittest.mock.patch.dict(os.environ):
+        yield
+
+
+def tiny(**changes):
+    config = presets.load_config('gymnasium:nano')
+    config.agent.update(tiny_runs.AGENT)
+    values = {'replay.batch_size': 4, 'replay.batch_length': 8}
+    values |= {name.replace('__', '.'): value for name, value in changes.items()}
+    for key, value in values.items():
+        settings.override(config, key, str(value))
+    return config
+
+
+def test_topologies():
+    parsed = topology.parse('v6e:16x16')
+    assert parsed == ('v6e', (16, 16)) and parsed.size == 256 and str(parsed) == 'v6e:16x16'
+    assert topology.parse('v5p:2x2x1').size == 4
+    assert topology.parse('cpu:8').size == 8
+    for text in topology.EXAMPLES.replace(' or', ',').split(', '):
+        assert str(topology.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('v5f:2x2', "'v5f'; did you mean"),
+        ('h100:8', "'h100'; choose one of v5e, v5p, v6e, cpu."),
+        ('v5e', 'as in --topology=v5e:4x8, not v5e.'),
+        ('v5p:2x2', 'as in --topology=v5p:2x2x1, not v5p:2x2.'),
+        ('v5e:0x2', 'not v5e:0x2.'),
+        ('cpu:x', 'as in --topology=cpu:8, not cpu:x.'),
+        ('cpu:9999', 'up to 1024 devices, not 9999.'),
+    ],
+)
+def test_topologies_that_are_none(text, words):
+    with pytest.raises(UserError) as error:
+        topology.parse(text)
+    assert words in str(error.value)
+
+
+def test_bytes_of_arrays():
+    assert program.array_bytes('bf16[2,3]{1,0:T(8,128)(2,1)S(1)}') == 2 * 3 * 2
+    assert program.array_bytes('(f32[], /*index=1*/pred[7], s4[6]{0}, token[])') == 4 + 7 + 3
+    assert program.array_bytes('f8e4m3fn[5]') == 5
+
+
+def test_exchanges_by_hand():
+    assert sorted(program.collectives(PROGRAM)) == [
+        ('all-gather', 10_000_000, 1),
+        ('all-reduce', 8 * 4 * 4 + 1, 5),
+        ('collective-permute', 8 * 4 * 4, 1),
+        ('reduce-scatter', 8 * 4 * 4, 1),
+    ]
+
+
+def test_exchanges_in_loops_of_unknown_length_are_refused():
+    with pytest.raises(ValueError, match='loop with all-reduce.1'):
+        program.collectives(PROGRAM.replace('direction=LT', 'direction=NE'))
+
+
+def test_exchanges_of_a_real_loop():
+    mesh = jax.make_mesh((2,), ('x',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.P('x'))
+
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+
+    def step(x, _):
+        return x * jax.lax.with_sharding_constraint(x, whole).sum(), None
+
+    x = jax.ShapeDtypeStruct((6,), 'float32', sharding=split)
+    text = jax.jit(lambda x: jax.lax.scan(step, x, length=9)[0]).lower(x).compile().as_text()
+    assert {collective.times for collective in program.collectives(text)} == {9}
+
+
+def test_arithmetic_of_figures():
+    assert FIGURES.peak == 500 and FIGURES.fits
+    assert FIGURES.seconds == pytest.approx((0.010 + 0.002 + 0.004) / 0.5)
+    assert dataclasses.replace(FIGURES, memory=511).fits  # 98% of it are 500.8
+    assert not dataclasses.replace(FIGURES, memory=510).fits
+    refused = dataclasses.replace(FIGURES, refused=1200)
+    assert refused.peak == 1200 and not refused.fits
+
+
+def test_rows_by_hand():
+    config = presets.load_config('gymnasium')  # 16 sequences of 64 steps, train ratio 256
+    rows = plan._after(config, FIGURES, topology.parse('v5e:2x2'))
+    assert rows['operations'] == '8 TFLOP, 2 on each device'
+    assert rows['exchanged'] == '3 all-reduce of 12.3 MB'
+    assert rows['time'].startswith('32 ms, estimated, ')
+    assert 'products 20, parameters and optimiser 4, exchanges 8' in rows['time']
+    # One update every 16 * 64 / 256 = 4 steps, and 31.25 updates a second.
+    assert rows['steps'].startswith('125 environment steps per second')
+    assert '50% of the published 197 TFLOP/s, 819 GB/s' in rows['assuming']
+    rows = plan._after(config, FIGURES, topology.parse('cpu:4'))
+    assert rows['time'] == 'not estimated, as CPUs have no published peak'
+
+
+def test_what_a_compiler_wanted():
+    message = 'RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 20.50G of 15.75G hbm. Exceeded'
+    assert plan._wanted(message) == 20.5 * 2**30
+    assert plan._wanted('INTERNAL: Used 20.50G of 15.75G') == 0
+
+
+def mistake(capsys, *arguments):
+    assert cli.main(['plan', *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == '' and captured.err.count('\n') == 1
+    return captured.err
+
+
+def test_mistakes(capsys, monkeypatch):
+    assert 'Name the devices with --topology, as v5e:4x8' in mistake(capsys)
+    assert 'did you mean --config.mesh.fsdp?' in mistake(capsys, '--fsdp=2')
+    message = mistake(capsys, '--topology=cpu:8', '--config.replay.batch_size=12')
+    assert 'A batch of 12 sequences does not divide among 8 devices' in message
+    assert 'mesh.fsdp=3 does not' in mistake(capsys, '--topology=cpu:8', '--config.mesh.fsdp=3')
+    assert "no environment 'Nothing-v0'" in mistake(
+        capsys, '--topology=cpu:1', '--config.env.id=Nothing-v0'
+    )
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    message = mistake(capsys, '--topology=v5e:2x2')
+    assert "pip install 'libtpu==" in message and 'Traceback' not in message
+
+
+@pytest.mark.parametrize('fsdp', [1, 2])
+def test_figures_are_those_of_the_real_program(monkeypatch, fsdp):
+    monkeypatch.setattr('dreamerv3_jax.sharding.LEAST_SHARDED', 64)
+    config = tiny(mesh__fsdp=fsdp, env__id='CartPole-v1')
+    planner = plan.Planner(config, topology.parse('cpu:2'))
+    figures = planner.measure()
+    agent = planner.agent
+    assert figures.parameters == sum(agent.parameter_counts().values())
+    state, batch = agent.init(0), agent.send(agent.blank_batch(4, 8))
+    device = jax.devices()[0]
+
+    def on_device(tree):
+        shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+        return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+    assert figures.arguments == on_device((state, batch))
+    kept = on_device(agent.acting_params(state)) if fsdp > 1 else 0
+    assert figures.beside == on_device(batch) + kept
+    whole = 4 * figures.parameters
+    exchanged = sum(amount for _, amount in figures.collectives.values())
+    # Gradients, and with fsdp the parameters too; a little more for what is said of the batch.
+    assert fsdp * 0.9 * whole < exchanged < fsdp * 1.3 * whole
+    assert figures.fits and figures.seconds == 0 and figures.temporaries > 0
+
+
+def test_a_plan_through_the_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(plan, 'available_memory', lambda: 1000)
+    overrides = [f'--config.agent.{name}={value}' for name, value in tiny_runs.AGENT.items()]
+    overrides += ['--config.replay.batch_size=4', '--config.replay.batch_length=8']
+    assert cli.main(['plan', '--topology=cpu:2', *overrides]) == 0
+    rows = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    found = {name: text for name, text in rows}
+    assert found['devices'] == 'cpu:2, mesh data=2 fsdp=1'
+    assert (
+        found['observation'] == 'image: 64x64x3 image' and found['action'] == 'action: 17 choices'
+    )
+    assert found['fits'].startswith('no: ')
+    assert [text for name, text in rows if name == 'trying'] == [
+        '--config.agent.remat=true',
+        '--config.agent.remat=true --config.mesh.fsdp=2',
+    ]
+    assert found['nearest'].startswith('none with these devices')
+
+
+@pytest.mark.slow
+def test_a_plan_for_a_tpu():
+    if importlib.util.find_spec('libtpu') is None:
+        pytest.skip('libtpu is not installed')
+    overrides = [f'--config.agent.{name}={value}' for name, value in tiny_runs.AGENT.items()]
+    command = [sys.executable, '-m', 'dreamerv3_jax', 'plan', '--topology=v5e:2x2', *overrides]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for words in ('fits         yes: ', 'all-reduce', 'environment steps per second keep it busy'):
+        assert words in result.stdout
+
+
+def test_the_compiler_alone_is_no_tpu(monkeypatch):
+    monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
+    for found, only_cpu in (('', True), ('/dev/vfio/[0-9]*', False), ('/dev/accel*', False)):
+        monkeypatch.setattr(
+            startup.glob, 'glob', lambda pattern, found=found: [0] * (pattern == found)
+        )
+        assert startup._only_cpu() == only_cpu
