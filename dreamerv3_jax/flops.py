@@ -71,18 +71,22 @@ def _inner(values: Any) -> Iterator[core.Jaxpr]:
             yield from _inner(value)
 
 
+def _arrays(equation: core.JaxprEqn) -> list[Any]:
+    """Shapes and types of both operands and the result."""
+    return [variable.aval for variable in (*equation.invars, *equation.outvars)]
+
+
 def _bytes(equation: core.JaxprEqn) -> int:
-    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-    return sum(array.size * array.dtype.itemsize for array in arrays)
+    return sum(array.size * array.dtype.itemsize for array in _arrays(equation))
 
 
 def _product(equation: core.JaxprEqn) -> int:
     (contracted, _), _ = equation.params['dimension_numbers']
-    inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    return 2 * inner * equation.outvars[0].aval.size
+    left, _, result = _arrays(equation)
+    return 2 * math.prod(left.shape[axis] for axis in contracted) * result.size
 
 
 def _convolution(equation: core.JaxprEqn) -> int:
-    kernel = equation.invars[1].aval
+    _, kernel, result = _arrays(equation)
     features = kernel.shape[equation.params['dimension_numbers'].rhs_spec[0]]
-    return 2 * equation.outvars[0].aval.size * kernel.size // features
+    return 2 * result.size * kernel.size // features

@@ -6,7 +6,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import ml_collections
@@ -66,9 +65,10 @@ class Figures:
         return published / EFFICIENCY
 
 
-def specs(
-    config: ml_collections.ConfigDict,
-) -> tuple[Mapping[str, ArraySpec], Mapping[str, ArraySpec]]:
+Specs = tuple[Mapping[str, ArraySpec], Mapping[str, ArraySpec]]  # of observation and action
+
+
+def specs_of(config: ml_collections.ConfigDict) -> Specs:
     """Observation and actions: of the environment, or a picture and a choice where it has no id."""
     if config.env.id:
         with envs.make(config.env, config.seed, restart=False) as env:
@@ -112,7 +112,7 @@ class Planner:
         self.config = config.copy_and_resolve_references()
         if config.agent.compute_dtype == 'auto':
             self.config.agent.compute_dtype = 'float32' if topology.kind == 'cpu' else 'bfloat16'
-        self.specs = specs(config)
+        self.specs = specs_of(config)
         self._devices = devices_of(topology)
         self.agent = self._make_agent(self.config)
 
@@ -208,9 +208,9 @@ def _wanted(message: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _products(all_specs: Any, config: ml_collections.ConfigDict, rows: int) -> list[flops.Product]:
+def _products(specs: Specs, config: ml_collections.ConfigDict, rows: int) -> list[flops.Product]:
     """Products of one device, whose part of the batch has this many sequences."""
-    agent = Agent(*all_specs, AgentConfig.from_mapping(config.agent.to_dict()))
+    agent = Agent(*specs, AgentConfig.from_mapping(config.agent.to_dict()))
     state = jax.eval_shape(lambda: agent.init(0))
     batch = agent.blank_batch(rows, config.replay.batch_length)
     return flops.products(agent.pure_update, state, batch)
@@ -315,7 +315,7 @@ def _after(
     rows['operations'] = f'{figures.flops / 1e12:.4g} TFLOP, {each / 1e12:.4g} on each device'
     if not figures.refused:
         exchanged = [
-            f'{count} {kind} of {amount / 1e6:,.1f} MB'
+            f'{count} {kind} of {amount / 1e6:,.2f} MB'
             for kind, (count, amount) in figures.collectives.items()
         ]
         rows['exchanged'] = ', '.join(exchanged) or 'nothing'

@@ -62,9 +62,10 @@ def prepare_plan(kind: str, count: int) -> None:
     os.environ['JAX_PLATFORMS'] = 'cpu'
     if kind == 'cpu':
         os.environ['JAX_NUM_CPU_DEVICES'] = str(count)
-    else:  # no TPU is looked for, and jax and this may both hold the compiler
+        tune_cpu()
+    else:  # no TPU is looked for, nor complained of, and others may hold the compiler too
         os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-    tune_cpu()
+        os.environ |= {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}
 
 
 def keep_compiled_programs() -> None:

@@ -26,6 +26,11 @@ FOLDER = pathlib.Path(__file__).parent
 NAME = 'experiments.plan'  # of this module, however it was started
 SIZES = [size for size in base.SIZES if size.startswith('size')]
 TOPOLOGIES = ('v5e:1x1', 'v5e:4x8', 'v5p:2x2x1', 'v6e:16x16')
+HEADER = (
+    '| size | settings | parameters | arguments + temporaries, GiB | all, GiB | fits '
+    '| TFLOP | exchanged, MB | ms | steps/s |',
+    '|---' * 10 + '|',
+)
 
 
 def case(size: str, where: str, **changes: Any) -> dict[str, Any]:
@@ -44,11 +49,11 @@ def cases() -> list[dict[str, Any]]:
     table = [case(size, where) for size in SIZES for where in TOPOLOGIES]
     settings = [
         case(size, 'v5e:1x1', remat=remat, dtype=dtype)
-        for size in ('size12m', 'size50m')
+        for size in ('size1m', 'size12m', 'size50m')
         for remat in (False, True)
         for dtype in ('bfloat16', 'float32')
     ]
-    listed = [*table[:1], *largest, *table, *settings]
+    listed = [*settings[:4], *largest, *table, *settings]
     return [x for number, x in enumerate(listed) if x not in listed[:number]]
 
 
@@ -85,12 +90,59 @@ def main() -> None:
         figures = json.loads(output.splitlines()[-1])
         results.append({'case': wanted, 'figures': figures, 'made': made()})
         path.write_text(json.dumps(results, indent=1) + '\n')
+        (FOLDER / 'plan.md').write_text(page(results))
 
 
 def made() -> str:
     """When, where and with what a case was compiled."""
     versions = [f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu')]
     return f'{datetime.date.today()}, {", ".join(versions)}, on an {processor()}'
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The results as tables."""
+    found = {json.dumps(result['case']): result for result in results}
+    rows = [found.get(json.dumps(wanted), {'case': wanted}) for wanted in cases()]
+    missing = sum('figures' not in row for row in rows)
+    lines = [
+        '# Plans of all sizes',
+        '',
+        f'Written by `python -m {NAME}`: {", ".join(sorted({x["made"] for x in results}))}.',
+        'Observation: a 64x64x3 picture; 17 actions; sequences of 64 steps. Memory is that of a '
+        'device, operations are those of all;',
+        'times and steps (train ratio 256) are estimates, as `dreamerv3-jax plan` explains them.',
+    ]
+    if missing:
+        lines += [f'{missing} of {len(rows)} cases have not been compiled yet and are left out.']
+    for where in TOPOLOGIES:
+        table = [
+            row_of(result)
+            for result in sorted(rows, key=lambda x: SIZES.index(x['case']['size']))
+            if result['case']['topology'] == where and 'figures' in result
+        ]
+        lines += ['', f'## {where}', '', *HEADER, *table] if table else []
+    return '\n'.join(lines) + '\n'
+
+
+def row_of(result: Mapping[str, Any]) -> str:
+    """One line of a table."""
+    from dreamerv3_jax.plan import Figures, gib
+
+    wanted, figures = result['case'], Figures(**result['figures'])
+    batch = wanted['replay.batch_size']
+    settings = f'{batch} sequences, {wanted["agent.compute_dtype"]}'
+    settings += f', fsdp={wanted["mesh.fsdp"]}' * (wanted['mesh.fsdp'] > 1)
+    settings += ', remat' * wanted['agent.remat']
+    parts = '' if figures.refused else f'{gib(figures.arguments)} + {gib(figures.temporaries)}'
+    exchanged = sum(amount for _, amount in figures.collectives.values())
+    cells = [wanted['size'], settings, f'{figures.parameters:,}', parts, gib(figures.peak)]
+    cells += ['yes' if figures.fits else 'no', f'{figures.flops / 1e12:.3g}']
+    if figures.refused:
+        cells += [''] * 3
+    else:
+        steps = batch * 64 / 256 / figures.seconds
+        cells += [f'{exchanged / 1e6:,.0f}', f'{1e3 * figures.seconds:.3g}', f'{steps:,.0f}']
+    return f'| {" | ".join(cells)} |'
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 
 import dreamerv3_jax
-from dreamerv3_jax import cli, env_report, loop, presets
+from dreamerv3_jax import cli, env_report, loop, presets, startup
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -33,6 +33,18 @@ def commands(page=README):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Replaces the planner; returns the list of its (settings, topology)."""
+    calls = []
+    module = types.ModuleType('dreamerv3_jax.plan')
+    module.report = lambda config, devices, show: calls.append((config, str(devices)))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(dreamerv3_jax, 'plan', module, raising=False)
+    monkeypatch.setattr(startup, 'prepare_plan', lambda kind, count: None)
+    return calls
 
 
 @pytest.fixture
@@ -93,7 +105,7 @@ def test_own_environment(folder, monkeypatch, small_configs, capsys):
     assert float(capsys.readouterr().out.splitlines()[-1]) > 0
 
 
-def test_commands(folder, monkeypatch, trained, capsys):
+def test_commands(folder, monkeypatch, trained, planned, capsys):
     def evaluate(logdir, *, episodes, **options):
         return {'mean': 0.0, 'ci95': 0.0, 'returns': [0.0] * episodes, 'lengths': [1] * episodes}
 
@@ -121,12 +133,13 @@ def test_table_of_suites(trained, capsys):
     assert {preset for _, _, preset in trained} == {*presets.names()} - {'quickstart'}
 
 
-def test_commands_for_many_devices(trained, capsys):
+def test_commands_for_many_devices(trained, planned, capsys):
     shown = commands((ROOT / 'docs/scaling.md').read_text())
     assert len(shown) >= 7
     for arguments in shown:
         assert cli.main(arguments) == 0, f'{arguments}: {capsys.readouterr().err}'
     assert [config.hosts.count for config, *_ in trained][-1] == 4
+    assert [devices for _, devices in planned] == ['cpu:8', 'v5e:4x8']
 
 
 def test_links():
