@@ -24,7 +24,7 @@ EFFICIENCY = 0.5  # share of published rates that an update is taken to reach
 USABLE = 0.98  # of a device's memory; the system keeps the rest
 SIDE, ACTIONS = 64, 17  # of the image and the choices where no environment is named
 _SENT = {'all-reduce': 2}  # times its bytes, in a ring; others once
-_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30}
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Figures:
     temporaries: int
     code: int
     beside: int  # the next batch, and parameters to act with
-    refused: int  # bytes that the compiler wanted, where it did not compile
+    refused: int  # bytes that the compiler wanted at least, where it did not compile
     flops: int
     products_seconds: float  # at published rates; 0 where there are none
     state_seconds: float
@@ -51,7 +51,7 @@ class Figures:
     def peak(self) -> int:
         """Bytes in use during an update."""
         parts = self.arguments + self.results + self.temporaries + self.code
-        return self.refused or parts + self.beside
+        return max(self.refused, self.memory) if self.refused else parts + self.beside
 
     @property
     def fits(self) -> bool:
@@ -201,11 +201,11 @@ class Planner:
 
 
 def _wanted(message: str) -> int:
-    """Bytes that a compiler wanted, from its message; 0 if that is about something else."""
-    found = re.search(r'Used ([\d.]+)([KMG]) of', message)
-    if 'RESOURCE_EXHAUSTED' not in message or not found:
+    """Bytes that a compiler wanted, from its message, or 1; 0 if that is about something else."""
+    if 'RESOURCE_EXHAUSTED' not in message:
         return 0
-    return int(float(found[1]) * _UNITS[found[2]])
+    found = re.search(r'(?:Used |\()([\d.]+)([KMGT])\)? (?:of|exceeds) ', message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 1
 
 
 def _products(specs: Specs, config: ml_collections.ConfigDict, rows: int) -> list[flops.Product]:
@@ -302,7 +302,7 @@ def _after(
     """What a compiled program tells."""
     rows = {}
     if figures.refused:
-        rows['memory'] = 'the compiler gave up; nothing is known of the parts'
+        rows['memory'] = 'refused by the compiler, which wants at least what follows'
     else:
         rows['memory'] = (
             f'arguments {gib(figures.arguments)} + results {gib(figures.results)} + '

@@ -187,8 +187,15 @@ def test_rows_by_hand():
 
 
 def test_what_a_compiler_wanted():
+    message = (
+        'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
+        'temporaries (47.50G) exceeds available HBM (15.75G).'  # of libtpu 0.0.42
+    )
+    assert plan._wanted(message) == 47.5 * 2**30
     message = 'RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 20.50G of 15.75G hbm. Exceeded'
     assert plan._wanted(message) == 20.5 * 2**30
+    assert plan._wanted('RESOURCE_EXHAUSTED: no memory') == 1
+    assert dataclasses.replace(FIGURES, refused=1).peak == FIGURES.memory
     assert plan._wanted('INTERNAL: Used 20.50G of 15.75G') == 0
 
 
