@@ -73,7 +73,7 @@ class Feed:
         Raises:
           UserError: the replay has another layout.
         """
-        saved = state['metadata']['hosts']
+        saved = state['metadata'].get('hosts', [state['metadata']])  # of an older version
         states = [
             {'arrays': _starting_with(_prefix(index, len(saved)), state['arrays']), 'metadata': x}
             for index, x in enumerate(saved)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from dreamerv3_jax.errors import UserError
 
+_PATIENCE = 300.0  # seconds in which all hosts have to be there
 _LAST_WORDS = 3.0  # seconds in which all other hosts can say why they end
 _LOST = re.compile(
     'gloo|nccl|peer|socket|coordination|heartbeat|barrier|unavailable|deadline_exceeded|aborted',
@@ -45,8 +47,12 @@ def connect(settings: ml_collections.ConfigDict) -> None:
     alone = not _started_together() if settings.count == 0 else settings.count == 1
     if alone or jax.distributed.is_initialized():
         return
+    local = re.match(r'localhost:|127\.|\[::1\]:', settings.coordinator)
     # Its handler of SIGTERM would take the place of the default one until training begins.
     jax.config.update('jax_enable_preemption_service', False)
+    watch = threading.Timer(_PATIENCE, _give_up)  # jax would end the process without a sentence
+    watch.start()
+    patience = int(_PATIENCE) + 60
     try:
         if settings.count:
             jax.distributed.initialize(
@@ -54,15 +60,32 @@ def connect(settings: ml_collections.ConfigDict) -> None:
                 settings.count,
                 settings.index,
                 cluster_detection_method='deactivate',
+                initialization_timeout=patience,
+                # By default the first host listens on all of its addresses.
+                coordinator_bind_address=settings.coordinator if local else None,
             )
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=patience)
+            if jax.process_count() == 1:  # with whom nobody need speak
+                jax.distributed.shutdown()
     except Exception as error:
-        raise UserError(
-            f'The other hosts cannot be found ({_one_line(error)}); name them with '
-            '--config.hosts.coordinator=ADDRESS:PORT, --config.hosts.count and '
-            '--config.hosts.index, or train on this one alone with --config.hosts.count=1.'
-        ) from error
+        raise UserError(_not_found(_one_line(error))) from error
+    finally:
+        watch.cancel()
+
+
+def _give_up() -> None:
+    reason = f'not all were there for {_PATIENCE:g} seconds'
+    print(f'dreamerv3-jax: {_not_found(reason)}', file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _not_found(reason: str) -> str:
+    return (
+        f'The other hosts cannot be found ({reason}); name them with '
+        '--config.hosts.coordinator=ADDRESS:PORT, --config.hosts.count and '
+        '--config.hosts.index, or train on this one alone with --config.hosts.count=1.'
+    )
 
 
 def _started_together() -> bool:

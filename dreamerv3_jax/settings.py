@@ -180,7 +180,9 @@ def _check_ranges(fields: dict[str, Any]) -> None:
             f'config.hosts.index counts from 0 and must be below config.hosts.count={count}, '
             f'not {fields["hosts.index"]}.'
         )
-    if (count > 1) != bool(re.fullmatch(r'\S+:\d+', named)):
+    port = re.fullmatch(r'\S+:([1-9]\d{0,4})', named)
+    right = port and int(port[1]) < 2**16 if count > 1 else not named
+    if not right:
         raise UserError(
             'config.hosts.coordinator (address:port of the first host) and config.hosts.count go '
             f'together, as in --config.hosts.coordinator=10.0.0.1:1234 --config.hosts.count=2; '

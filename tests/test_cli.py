@@ -141,6 +141,11 @@ def mistake(capsys, *arguments):
             'train --config=quickstart --config.hosts.coordinator=a --config.hosts.count=2',
             'address:port',
         ),
+        ('train --config=quickstart --config.hosts.coordinator=10.0.0.1', "are '10.0.0.1' and 0."),
+        (
+            'train --config=quickstart --config.hosts.coordinator=a:65536 --config.hosts.count=2',
+            "are 'a:65536' and 2.",
+        ),
         ('train --config=quickstart --config.hosts.index=1', 'below config.hosts.count=0, not 1.'),
         ('train --config=gymnasium', 'Name the environment'),
         # Evaluation.

@@ -82,6 +82,14 @@ def test_what_was_drawn_is_restored(tmp_path):
     assert other._drawn is None
 
 
+def test_the_replay_of_a_run_of_an_older_version_is_restored():
+    """It had no feed: what was saved is the state of the replay."""
+    feed, replay = Feed(filled(2, seed=5), Devices()), filled(2)
+    feed.load_state(replay.state())
+    for _ in range(2):
+        test_replay.assert_batches_equal(feed.take(), replay.sample())
+
+
 @pytest.mark.parametrize(('before', 'after'), [(2, 1), (1, 2), (2, 4), (4, 2), (1, 4)])
 def test_other_hosts_take_over_all_streams(before, after, monkeypatch):
     own = [filled(4 // before, first=host * 4 // before, online=True) for host in range(before)]

@@ -269,6 +269,53 @@ def test_hosts_that_cannot_be_found(monkeypatch):
     hosts.connect(settings)
 
 
+def test_hosts_that_are_not_there(tmp_path):
+    """JAX ends the process itself, with the trace of a stack."""
+    script = 'import sys; from dreamerv3_jax import cli, hosts; hosts._PATIENCE = 0.5\n'
+    script += 'sys.exit(cli.main(sys.argv[1:]))'
+    names = [f'--config.hosts.coordinator=127.0.0.1:{free_port()}', '--config.hosts.count=2']
+    result = subprocess.run(
+        [sys.executable, '-c', script, 'train', '--config=quickstart', *names],
+        cwd=tmp_path,
+        env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (2, '')
+    assert result.stderr.startswith('dreamerv3-jax: The other hosts cannot be found (not all were')
+    assert result.stderr.count('\n') == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ('coordinator', 'bound'),
+    [
+        ('127.0.0.1:1234', True),
+        ('localhost:1234', True),
+        ('[::1]:1234', True),
+        ('10.0.0.1:1234', False),
+        ('localhost.example.org:1234', False),
+    ],
+)
+def test_who_names_this_machine_is_not_heard_from_outside(coordinator, bound, monkeypatch):
+    found = {}
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **options: found.update(options))
+    settings = base.get_config('nano').hosts
+    settings.update(coordinator=coordinator, count=2)
+    hosts.connect(settings)
+    assert found['coordinator_bind_address'] == (coordinator if bound else None)
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_no_server_is_left_where_one_host_is_found(count, monkeypatch):
+    calls = []
+    monkeypatch.setattr(hosts, '_started_together', lambda: True)
+    monkeypatch.setattr(jax, 'process_count', lambda: count)
+    for name in ('initialize', 'shutdown'):
+        monkeypatch.setattr(jax.distributed, name, lambda name=name, **_: calls.append(name))
+    hosts.connect(base.get_config('nano').hosts)
+    assert calls == ['initialize', 'shutdown'][: 3 - count]
+
+
 def test_errors_of_one_host_end_it_at_once(monkeypatch, capsys):
     """The others learn of it as it is gone; what all raise together ends in the usual way."""
     codes, calls = [], []

@@ -60,10 +60,13 @@ def test_no_source_loads_code_from_data():
 
 
 def test_nothing_serves():
-    """Processes of environments talk through pipes of their own, which no one else can open."""
+    """Processes of environments talk through pipes of their own, which no one else can open. Hosts
+    that train together are another matter, see `test_hosts.py`."""
     for path, nodes in sources():
         found = {name for name in modules(nodes) if name.split('.')[0] in SERVERS}
-        assert not found, path.name
+        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        found |= {x for x in calls if x.endswith(('distributed.initialize', 'start_server'))}
+        assert found <= ({'jax.distributed.initialize'} if path.name == 'hosts.py' else set()), path
 
 
 @pytest.fixture
