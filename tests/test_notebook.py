@@ -124,6 +124,9 @@ def test_notebook(tmp_path):
     assert int(updates) > 0
     last = tiny_runs.read_metrics(clone / 'experiments/runs/colab')[-1]
     assert last['step'] >= SMALL['ALL_STEPS'] and last['count/updates'] > int(updates)
+    # A TPU would ask for others of a pod, which it may only before the devices are shown.
+    settings = json.loads((clone / 'experiments/runs/colab/config.json').read_text())
+    assert settings['hosts']['count'] == 1
     for name in ('train', 'resume'):
         assert len(shown(name, 'image/png')) == 1
     assert len(shown('open-loop', 'text/html')) == 1 and len(shown('policy', 'text/html')) == 2
