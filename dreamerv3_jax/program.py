@@ -1,4 +1,4 @@
-"""What a compiled program exchanges between devices, read from its text."""
+"""The text of a compiled program, and what it says of exchanges between devices."""
 
 import re
 from collections.abc import Iterator
@@ -20,11 +20,18 @@ class Collective(NamedTuple):
     times: int  # in one run of the program
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """One line of the text."""
+
     name: str
     shape: str
     opcode: str
     rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        """Their names."""
+        return re.findall(r'%([\w.\-]+)', self.rest.partition(')')[0])
 
 
 def collectives(text: str) -> list[Collective]:
@@ -39,7 +46,7 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       ValueError: an exchange in a loop of unknown length.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     shapes = {x.name: x.shape for instructions in computations.values() for x in instructions}
     found: dict[str, Collective] = {}
     for name, times in _runs(computations, entry):
@@ -47,10 +54,9 @@ def collectives(text: str) -> list[Collective]:
             kind = instruction.opcode.removesuffix('-done')
             if kind not in KINDS:
                 continue
-            operands = re.findall(r'%([\w.\-]+)', instruction.rest.partition(')')[0])
             size = array_bytes(instruction.shape)
             if kind == 'reduce-scatter' and not instruction.opcode.endswith('-done'):
-                size = sum(array_bytes(shapes[operand]) for operand in operands)
+                size = sum(array_bytes(shapes[operand]) for operand in instruction.operands)
             channel = re.search(r'channel_id=(\d+)', instruction.rest)
             key = f'{kind} {channel[1]}' if channel else instruction.name
             if times is None:
@@ -71,8 +77,9 @@ def array_bytes(shape: str) -> int:
     return total
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    computations: dict[str, list[_Instruction]] = {}
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the instructions of every computation, and the name of the first one to run."""
+    computations: dict[str, list[Instruction]] = {}
     entry = name = ''
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -80,12 +87,12 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             entry = name if match[1] else entry
             computations[name] = []
         elif name and (match := _INSTRUCTION.match(line)):
-            computations[name].append(_Instruction(*match.groups()))
+            computations[name].append(Instruction(*match.groups()))
     return computations, entry
 
 
 def _runs(
-    computations: dict[str, list[_Instruction]], entry: str
+    computations: dict[str, list[Instruction]], entry: str
 ) -> Iterator[tuple[str, int | None]]:
     """Yields each computation that runs, with how often; None where nobody knows."""
     todo: list[tuple[str, int | None]] = [(entry, 1)]
@@ -110,7 +117,7 @@ def _runs(
             todo += [(callee, inner) for callee in called]
 
 
-def _trip_count(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
     """How often a loop runs whose condition compares a counter, from 0, with one constant."""
     if known := re.search(r'known_trip_count[^\d]*(\d+)', loop.rest):
         return int(known[1])

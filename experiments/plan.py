@@ -1,4 +1,4 @@
-"""Plans all sizes on four topologies of TPUs; writes plan.json and plan.md beside this file.
+"""Plans all sizes on four topologies; writes plan.json and plan.md beside this file.
 
 pip install libtpu  # the version that jax[tpu] asks for
 python -m experiments.plan
@@ -25,7 +25,7 @@ from experiments.machine import processor
 FOLDER = pathlib.Path(__file__).parent
 NAME = 'experiments.plan'  # of this module, however it was started
 SIZES = [size for size in base.SIZES if size.startswith('size')]
-TOPOLOGIES = ('v5e:1x1', 'v5e:4x8', 'v5p:2x2x1', 'v6e:16x16')
+TOPOLOGIES = ('v5e:1x1', 'v5e:4x8', 'v5p:2x2x1', 'v6e:2x4', 'cpu:8')
 HEADER = (
     '| size | settings | parameters | arguments + temporaries, GiB | all, GiB | fits '
     '| TFLOP | exchanged, MB | ms | steps/s |',
@@ -37,24 +37,21 @@ def case(size: str, where: str, **changes: Any) -> dict[str, Any]:
     """What identifies a case: the batch has one sequence for each device, but 16 at least."""
     batch = max(16, topology.parse(where).size)
     settings = {'replay.batch_size': batch, 'mesh.fsdp': 1, 'agent.remat': False}
-    settings |= {'agent.compute_dtype': 'bfloat16'}
+    settings |= {'agent.compute_dtype': 'float32' if where.startswith('cpu') else 'bfloat16'}
     names = {'remat': 'agent.remat', 'fsdp': 'mesh.fsdp', 'dtype': 'agent.compute_dtype'}
     settings |= {names[name]: value for name, value in changes.items()}
     return {'size': size, 'topology': where, **settings}
 
 
 def cases() -> list[dict[str, Any]]:
-    """All of them: those that tell most come first."""
-    largest = [case('size400m', 'v5e:4x8', fsdp=32, remat=True)]
-    table = [case(size, where) for size in SIZES for where in TOPOLOGIES]
+    """All of them: a table of sizes, what remat and bfloat16 do, and the largest size on 16 GB."""
+    table = [case(size, where) for size in SIZES for where in TOPOLOGIES[1:]]
     settings = [
-        case(size, 'v5e:1x1', remat=remat, dtype=dtype)
-        for size in ('size1m', 'size12m', 'size50m')
+        case('size12m', TOPOLOGIES[0], remat=remat, dtype=dtype)
         for remat in (False, True)
         for dtype in ('bfloat16', 'float32')
     ]
-    listed = [*settings[:4], *largest, *table, *settings]
-    return [x for number, x in enumerate(listed) if x not in listed[:number]]
+    return [*table, *settings, case('size400m', 'v5e:4x8', fsdp=32, remat=True)]
 
 
 def measure(wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,3 +145,21 @@ def test_plain_forms_are_used_and_compute_the_same(monkeypatch, quick_compilatio
     used.clear()
     jax.eval_shape(gradients)
     assert not used  # all is as before
+
+
+def test_costs_of_operations_by_hand():
+    from experiments.benchmarks import roofline
+
+    def step(total, x):
+        return total + x @ x, None
+
+    x = jnp.ones((5, 4, 4))
+    text = jax.jit(lambda x: jax.lax.scan(step, x[0], x)[0]).lower(x).compile().as_text()
+    costs = roofline.costs(text)
+    products = [cost for name, cost in costs.items() if cost.flops and 'while' not in name]
+    assert products and all(cost.flops == 2 * 4**3 for cost in products)
+    # A matrix is read twice and written once, or added to the total as well.
+    assert all(3 * 64 <= cost.size <= 5 * 64 for cost in products)
+    assert 'dot_general' in products[0].where
+    # Of five matrices one is read, at an index, and written.
+    assert costs['dynamic-slice_bitcast_fusion'].size == 64 + 4 + 64

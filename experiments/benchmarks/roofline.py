@@ -9,21 +9,8 @@ import math
 import re
 from typing import NamedTuple
 
-BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8, 'f64': 8}
-
-
-class Operation(NamedTuple):
-    """One line of a program's text."""
-
-    kind: str
-    shapes: list[tuple[str, tuple[int, ...]]]  # types and shapes of its results
-    operands: list[str]
-    line: str
-
-    @property
-    def size(self) -> int:
-        """Bytes of its results."""
-        return sum(BYTES.get(kind, 4) * math.prod(shape) for kind, shape in self.shapes)
+from dreamerv3_jax import program
+from dreamerv3_jax.program import Instruction, array_bytes
 
 
 class Cost(NamedTuple):
@@ -34,68 +21,61 @@ class Cost(NamedTuple):
     where: str  # the function that it comes from
 
 
-def costs(program: str) -> dict[str, Cost]:
+def costs(text: str) -> dict[str, Cost]:
     """Costs of all operations in the text of a compiled program, by name."""
-    computations = _parse(program)
-    everything = {name: op for inside in computations.values() for name, op in inside.items()}
+    computations, _ = program.parse(text)
+    everything = {x.name: x for instructions in computations.values() for x in instructions}
     result = {}
-    for name, operation in everything.items():
-        named = re.search(r'op_name="([^"]*)"', operation.line)
-        called = re.search(r'(?:calls|to_apply)=%?([\w.\-]+)', operation.line)
-        inside = computations.get(called[1], {}) if called else {}
-        flops = sum(_flops(op, everything) for op in (operation, *inside.values()))
-        size = _size(operation, inside, everything)
+    for name, instruction in everything.items():
+        named = re.search(r'op_name="([^"]*)"', instruction.rest)
+        called = re.search(r'(?:calls|to_apply)=%?([\w.\-]+)', instruction.rest)
+        inside = computations.get(called[1], []) if called else []
+        flops = sum(_flops(x, everything) for x in (instruction, *inside))
+        size = _size(instruction, inside, everything)
         result[name] = Cost(flops, size, named[1] if named else '')
     return result
 
 
-def _parse(program: str) -> dict[str, dict[str, Operation]]:
-    """Operations by name, by the computation that they belong to."""
-    computations: dict[str, dict[str, Operation]] = {}
-    for line in program.splitlines():
-        if found := re.match(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$', line):
-            inside = computations.setdefault(found[1], {})
-        elif found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(', line):
-            shapes = [
-                (kind, tuple(map(int, filter(None, shape.split(',')))))
-                for kind, shape in re.findall(r'(\w+)\[([\d,]*)\]', found[2])
-            ]
-            arguments = line[found.end() :].split(')', 1)[0]
-            operands = re.findall(r'%([\w.\-]+)', arguments)
-            inside[found[1]] = Operation(found[3], shapes, operands, line)
-    return computations
+def _dimensions(instruction: Instruction) -> list[int]:
+    found = re.search(r'\[([\d,]*)\]', instruction.shape)
+    return [int(size) for size in filter(None, found[1].split(','))] if found else []
 
 
-def _flops(operation: Operation, everything: dict[str, Operation]) -> int:
+def _flops(instruction: Instruction, everything: dict[str, Instruction]) -> int:
     """Of a matrix product or a convolution, a multiply-add being two; none of anything else."""
-    line, inner = operation.line, 0
-    if operation.kind == 'dot':
-        contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', line)
-        left = everything[operation.operands[0]].shapes[0][1]
+    rest, inner = instruction.rest, 0
+    if instruction.opcode == 'dot':
+        contracted = re.search(r'lhs_contracting_dims=\{([\d,]+)\}', rest)
+        left = _dimensions(everything[instruction.operands[0]])
         inner = math.prod(left[int(axis)] for axis in contracted[1].split(',')) if contracted else 1
-    elif operation.kind == 'convolution' and (labels := re.search(r'_(\w+)->', line)):
-        kernel = everything[operation.operands[1]].shapes[0][1]
+    elif instruction.opcode == 'convolution' and (labels := re.search(r'_(\w+)->', rest)):
+        kernel = _dimensions(everything[instruction.operands[1]])
         inner = math.prod(kernel) // kernel[labels[1].index('o')]
-    return 2 * inner * math.prod(operation.shapes[0][1])
+    return 2 * inner * math.prod(_dimensions(instruction))
 
 
 def _size(
-    operation: Operation, inside: dict[str, Operation], everything: dict[str, Operation]
+    instruction: Instruction, inside: list[Instruction], everything: dict[str, Instruction]
 ) -> int:
     """Bytes read and written. Of an array of which a part is read or replaced, only that part."""
+
+    def size(name: str) -> int:
+        return array_bytes(everything[name].shape)
+
+    written = size(instruction.name)
     if not inside:
-        return operation.size + sum(everything[name].size for name in operation.operands)
-    written = operation.size
+        return written + sum(map(size, instruction.operands))
     read = 0
-    for name, argument in inside.items():
-        if argument.kind != 'parameter':
+    for argument in inside:
+        if argument.opcode != 'parameter':
             continue
-        users = [user for user in inside.values() if name in user.operands]
-        replacing = [user for user in users if user.kind == 'dynamic-update-slice']
-        if all(user.kind == 'dynamic-slice' for user in users):
-            read += sum(user.size for user in users)
-        elif replacing and replacing[0].operands[0] == name:
-            written -= argument.size - everything[replacing[0].operands[1]].size
+        users = [user for user in inside if argument.name in user.operands]
+        replacing = [user for user in users if user.opcode == 'dynamic-update-slice']
+        parts = [user for user in users if user.opcode in ('slice', 'dynamic-slice')]
+        if len(parts) == len(users) and all(x.operands[0] == argument.name for x in parts):
+            read += sum(size(part.name) for part in parts)
+        elif replacing and replacing[0].operands[0] == argument.name:
+            written -= size(argument.name) - size(replacing[0].operands[1])
         else:
-            read += argument.size
+            read += size(argument.name)
     return read + max(written, 0)
