@@ -92,6 +92,7 @@ def test_notebook(tmp_path):
     variables = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     variables |= tiny_runs.quick_variables(tmp_path / 'compiled')
     variables |= {'JAX_NUM_CPU_DEVICES': '1', 'PIP_DISABLE_PIP_VERSION_CHECK': '1'}
+    variables['MPLBACKEND'] = 'agg'  # as some packages set it
     result = subprocess.run(
         [python, '-c', EXECUTE, small, done],
         cwd=clone / 'experiments',
@@ -154,7 +155,7 @@ def test_cells_need_nothing_that_colab_lacks():
     assert set().union(*found.values()) <= COLAB_PACKAGES | {'dreamerv3_jax'}
     assert 'dreamerv3_jax' in found['tools']
     magics = re.findall(r'^[%!].*', '\n'.join(cells('code').values()), re.MULTILINE)
-    assert [magic.split()[0] for magic in magics] == ['%pip']
+    assert [magic.split()[0] for magic in magics] == ['%pip', '%matplotlib']
 
 
 @pytest.mark.parametrize('source', ['', 'folder', 'up.zip', 'git'])
