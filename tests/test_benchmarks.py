@@ -163,3 +163,14 @@ def test_costs_of_operations_by_hand():
     assert 'dot_general' in products[0].where
     # Of five matrices one is read, at an index, and written.
     assert costs['dynamic-slice_bitcast_fusion'].size == 64 + 4 + 64
+
+
+def test_the_page_on_speed_shows_what_was_measured():
+    from experiments.benchmarks import measure
+
+    folder, page = ROOT / 'experiments/benchmarks', (ROOT / 'docs/speed.md').read_text()
+    results = json.loads((folder / 'results.json').read_text())
+    assert list(results['cases']) == list(measure.CASES)
+    assert measure.table(results) == (folder / 'results.md').read_text()
+    for name in ('results', 'profile_vectors', 'profile_images'):
+        assert (folder / f'{name}.md').read_text() in page

@@ -7,18 +7,20 @@ processes of their own whose steps sleep for 5 ms. The update is not real: it sl
 does while an accelerator computes, for a time that is given, and so leaves the cores to the loop as
 an accelerator would. There is one update for each tick.
 
-A tick can take no less than acting and then the longer of update and environments. The times of
-these three are measured alone, in the same process, and what a tick takes beyond that is the loop's
-own: to store, to draw and send a batch, to write latents back, to count. Of each there is the
-median.
+A tick can take no less than acting and then the longer of update and environments. Acting is timed
+in the loop, as a processor that has waited for an update is slower than one that acts all the time;
+the other two alone, in the same process. What a tick takes beyond that is the loop's own: to store,
+to draw and send a batch, to write latents back, to count. Of each there is the median.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from experiments.benchmarks import measure
@@ -105,25 +107,34 @@ def run(ticks: int) -> list[tuple[float, ...]]:
         agent.compile_update(config.replay.batch_size, config.replay.batch_length)
         while trainer.counters['updates'] < 5:
             trainer.tick()
-        records, params = trainer._records, trainer._learner.acting_params
+        records, section, acted = trainer._records, trainer._timer.section, []
+        _, actions, _ = agent.policy(
+            trainer._learner.acting_params,
+            trainer._policy_state,
+            records.observation,
+            records.is_first,
+            (0, 0),
+        )
+        chosen = jax.device_get(actions)
 
-        def act() -> None:
-            state = trainer._policy_state
-            result = agent.policy(params, state, records.observation, records.is_first, (0, 0))
-            jax.device_get(result[1:])
+        @contextlib.contextmanager
+        def timed(name: str) -> Iterator[None]:
+            start = time.perf_counter()
+            with section(name):
+                yield
+            if name == 'policy':
+                acted.append(time.perf_counter() - start)
 
+        trainer._timer.section = timed
         for seconds[0] in UPDATES:
-            _, actions, _ = agent.policy(
-                params, trainer._policy_state, records.observation, records.is_first, (0, 0)
-            )
-            chosen = jax.device_get(actions)
-            acting = medians(act, ticks // 3)
-            stepping = medians(lambda chosen=chosen: env.step(chosen), ticks // 3)
+            stepping = medians(lambda: env.step(chosen), ticks // 3)
             updating = medians(
                 lambda: jax.block_until_ready(agent._asleep(trainer._learner.state.updates)),
                 ticks // 3,
             )
-            rows.append((updating, acting, stepping, medians(trainer.tick, ticks)))
+            acted.clear()
+            tick = medians(trainer.tick, ticks)
+            rows.append((updating, statistics.median(acted[-ticks:]), stepping, tick))
     return rows
 
 
