@@ -196,6 +196,15 @@ def together() -> Iterator[None]:
         jax.distributed.shutdown()
 
 
+def lost(error: BaseException) -> bool:
+    """Whether another host is gone, by an error of what was exchanged with it."""
+    return (
+        jax.distributed.is_initialized()
+        and not isinstance(error, UserError | OSError)
+        and bool(_LOST.search(str(error)))
+    )
+
+
 def _leave(error: BaseException) -> None:
     text, code = str(error), 2
     if isinstance(error, KeyboardInterrupt):
@@ -204,7 +213,7 @@ def _leave(error: BaseException) -> None:
         text, code = '', int(error.code or 0)
     elif not isinstance(error, UserError):
         text, code = '', 1
-        if _LOST.search(str(error)):
+        if lost(error):
             text = (
                 f'Another host is gone ({_one_line(error)}); give the same command on all hosts, '
                 'or on others, to go on from the last checkpoint.'

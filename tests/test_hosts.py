@@ -114,8 +114,10 @@ def test_a_lost_host_ends_the_others(count, tmp_path, quick_compilation):
             *others, _ = ended(processes)
         for out, err, code in others:
             assert code == 1, out + err
-            assert err.startswith('dreamerv3-jax: Another host is gone ('), err
-            assert err.count('\n') == 1, err
+            *more, sentence = err.splitlines()
+            assert sentence.startswith('dreamerv3-jax: Another host is gone ('), err
+            # One that is no neighbour of the lost one hears of it as the others leave, with JAX.
+            assert not more or count > 2, err
         assert ('Going on at' in others[0][0]) == bool(start)
     check_that_one_goes_on(tmp_path)
 
@@ -131,7 +133,8 @@ def check_that_one_goes_on(folder):
         records = trainer._replay.state()['arrays']
         np.testing.assert_array_equal(records['count'], counters['ticks'])
         ends = records['data/is_last'][:, :-1]
-        assert ends.any() and records['data/is_first'][:, 1:][ends].all()
+        assert ends.any() or counters['ticks'] < 50  # the hosts may have lost one early
+        assert records['data/is_first'][:, 1:][ends].all()
         assert counters['steps'] == np.sum(~records['data/is_last'])
         updates = counters['updates']
         for _ in range(20):
@@ -339,3 +342,18 @@ def test_errors_of_one_host_end_it_at_once(monkeypatch, capsys):
     calls.clear()
     assert end(hosts.agreed(UserError('The folder is in use.'))) == (None, '')
     assert calls == ['shutdown']
+
+
+@pytest.mark.parametrize('together', [False, True])
+def test_a_host_that_is_lost_during_a_checkpoint_is_no_failing_disk(
+    together, tmp_path, monkeypatch
+):
+    checkpointer = checkpoint.Checkpointer(tmp_path)
+
+    def lose(*_, **__):
+        raise ValueError('UNKNOWN: Gloo AllGather failed: Connection closed by peer')
+
+    monkeypatch.setattr(checkpointer._manager, 'save', lose)
+    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: together)
+    with pytest.raises(ValueError if together else checkpoint.NotSaved, match='Gloo'):
+        checkpointer.save(1, checkpoint.Saved({'x': np.zeros(1)}, None, {}))
