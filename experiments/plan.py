@@ -134,11 +134,12 @@ def row_of(result: Mapping[str, Any]) -> str:
     exchanged = sum(amount for _, amount in figures.collectives.values())
     cells = [wanted['size'], settings, f'{figures.parameters:,}', parts, gib(figures.peak)]
     cells += ['yes' if figures.fits else 'no', f'{figures.flops / 1e12:.3g}']
-    if figures.refused:
-        cells += [''] * 3
+    cells += ['' if figures.refused else f'{exchanged / 1e6:,.0f}']
+    if figures.refused or not figures.seconds:  # CPUs have no published peak
+        cells += [''] * 2
     else:
         steps = batch * 64 / 256 / figures.seconds
-        cells += [f'{exchanged / 1e6:,.0f}', f'{1e3 * figures.seconds:.3g}', f'{steps:,.0f}']
+        cells += [f'{1e3 * figures.seconds:.3g}', f'{steps:,.0f}']
     return f'| {" | ".join(cells)} |'
 
 
