@@ -11,11 +11,11 @@ import jax
 import ml_collections
 from jax.experimental import topologies
 
-from dreamerv3_jax import envs, flops, policy, program, sharding, steps
+from dreamerv3_jax import envs, flops, policy, program, sharding, summary
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.replay import available_memory, bytes_per_step
+from dreamerv3_jax.replay import available_memory
 from dreamerv3_jax.settings import override
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.topology import CHIPS, Topology
@@ -266,23 +266,15 @@ def _show_rows(rows: Mapping[str, str], show: Callable[[str], None]) -> None:
 
 def _before(planner: Planner) -> dict[str, str]:
     """What is known before compiling."""
-    agent, config, replay = planner.agent, planner.config, planner.config.replay
-    counts = agent.parameter_counts()
-    step_bytes = bytes_per_step(steps.replay_specs(agent))
-    observations, actions = planner.specs
+    config, rows = planner.config, summary.agent_rows(planner.config, planner.agent)
     return {
-        'devices': f'{planner.topology}, mesh data={agent.mesh.shape["data"]} '
-        f'fsdp={agent.mesh.shape["fsdp"]}',
-        'observation': ', '.join(f'{name}: {spec}' for name, spec in observations.items()),
-        'action': ', '.join(f'{name}: {spec}' for name, spec in actions.items()),
-        'parameters': f'{sum(counts.values()):,} ({config.size}): '
-        + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
-        'update': f'{replay.batch_size} sequences of {replay.batch_length} steps, '
+        'devices': f'{planner.topology}, mesh {rows["mesh"]}',
+        'observation': rows['observation'],
+        'action': rows['action'],
+        'parameters': rows['parameters'],
+        'update': f'{config.replay.batch_size} sequences of {config.replay.batch_length} steps, '
         f'{config.agent.compute_dtype}, ' + ('remat' if config.agent.remat else 'no remat'),
-        'replay': f'{replay.capacity:,} steps x {step_bytes:,} bytes = '
-        f'{step_bytes * replay.capacity / 1e9:.2f} GB '
-        + ('on disk' if replay.on_disk else 'of memory')
-        + ', of all hosts together',
+        'replay': f'{rows["replay"]}, of all hosts together',
     }
 
 
