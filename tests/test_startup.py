@@ -91,12 +91,21 @@ def test_cores_are_those_that_the_process_may_use():
     assert result.stdout == '1\n', result.stderr
 
 
-def test_freed_memory_is_returned():
-    code = (
+def tuned(code):
+    """What a process prints that has tuned its memory."""
+    start = (
         'import ctypes, os\n'
         'from dreamerv3_jax import startup\n'
         "os.environ['JAX_PLATFORMS'] = 'cpu'\n"
         'startup.tune_cpu()\n'
+    )
+    result = subprocess.run([sys.executable, '-c', start + code], capture_output=True, text=True)
+    assert not result.stderr, result.stderr
+    return result.stdout
+
+
+def test_freed_memory_is_returned():
+    code = (
         'def resident():\n'
         "    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGESIZE')\n"
         'x = bytearray(b"1" * 300_000_000)\n'
@@ -105,17 +114,12 @@ def test_freed_memory_is_returned():
         'startup.return_memory()\n'
         'print(kept - resident() > 250_000_000)\n'
     )
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.stdout == 'True\n', result.stderr
+    assert tuned(code) == 'True\n'
 
 
 def test_pieces_of_the_heap_are_taken():
     """What `malloc` returns afterwards lies behind all that was freed before."""
     code = (
-        'import ctypes, os\n'
-        'from dreamerv3_jax import startup\n'
-        "os.environ['JAX_PLATFORMS'] = 'cpu'\n"
-        'startup.tune_cpu()\n'
         "library = ctypes.CDLL('libc.so.6')\n"
         'library.malloc.restype = ctypes.c_void_p\n'
         'library.free.argtypes = [ctypes.c_void_p]\n'
@@ -126,5 +130,4 @@ def test_pieces_of_the_heap_are_taken():
         'startup.return_memory()\n'
         'print(before, library.malloc(30_000) > max(pieces))\n'
     )
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.stdout == 'True True\n', result.stderr
+    assert tuned(code) == 'True True\n'
