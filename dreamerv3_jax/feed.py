@@ -28,6 +28,11 @@ class Feed:
         self._drawn: tuple[dict[str, np.ndarray], SampleIndex] | None = None
         self._sent: Batch | None = None
 
+    @property
+    def ready(self) -> bool:
+        """Whether a batch was drawn and sent."""
+        return self._sent is not None
+
     def prepare(self) -> None:
         """Draws the next batch and starts to send it, unless that was done before."""
         if self._drawn is None:

@@ -6,11 +6,13 @@ each other in different places for ever.
 """
 
 import contextlib
+import ctypes
 import glob
 import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -48,6 +50,8 @@ def connect(settings: ml_collections.ConfigDict) -> None:
     if alone or jax.distributed.is_initialized():
         return
     local = re.match(r'localhost:|127\.|\[::1\]:', settings.coordinator)
+    # jax aborts a process that it takes for cut off, even one whose Python is about to tell why.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     # Its handler of SIGTERM would take the place of the default one until training begins.
     jax.config.update('jax_enable_preemption_service', False)
     watch = threading.Timer(_PATIENCE, _give_up)  # jax would end the process without a sentence
@@ -78,6 +82,22 @@ def _give_up() -> None:
     reason = f'not all were there for {_PATIENCE:g} seconds'
     print(f'dreamerv3-jax: {_not_found(reason)}', file=sys.stderr, flush=True)
     os._exit(2)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_: int) -> None:
+    """Runs in the thread of jax that would end the process."""
+    time.sleep(2 * _LAST_WORDS)  # in which `_leave` ends it, if the other host is missed in Python
+    reason = 'JAX ended this process for the reason above'
+    print(f'dreamerv3-jax: {_gone(reason)}', file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _gone(reason: str) -> str:
+    return (
+        f'Another host is gone ({reason}); give the same command on all hosts, or on others, to '
+        'go on from the last checkpoint.'
+    )
 
 
 def _not_found(reason: str) -> str:
@@ -214,10 +234,7 @@ def _leave(error: BaseException) -> None:
     elif not isinstance(error, UserError):
         text, code = '', 1
         if lost(error):
-            text = (
-                f'Another host is gone ({_one_line(error)}); give the same command on all hosts, '
-                'or on others, to go on from the last checkpoint.'
-            )
+            text = _gone(_one_line(error))
         else:
             traceback.print_exception(error)
     if text:

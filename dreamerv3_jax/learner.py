@@ -11,7 +11,7 @@ from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.feed import Feed
 from dreamerv3_jax.progress import Timer
-from dreamerv3_jax.replay import Replay
+from dreamerv3_jax.replay import Replay, SampleIndex
 from dreamerv3_jax.train_ratio import TrainRatio
 from dreamerv3_jax.train_state import TrainState
 from dreamerv3_jax.types import Metrics, StoredLatent
@@ -23,7 +23,8 @@ class Learner:
     """Makes the updates that are due, and writes their latents to the replay.
 
     Updates run beside the caller: while one is under way the results of the one before are used and
-    the next batch is drawn and sent, so that devices do not wait for it.
+    the next batch is drawn and sent, so that devices do not wait for it. What is done to the replay
+    is done in one order, whenever the devices are done.
 
     Attributes:
       state: after the last update, which may be under way.
@@ -56,9 +57,11 @@ class Learner:
         self.state, self.feed, self.ratio = state, Feed(replay, agent), ratio
         self._agent, self._replay = agent, replay
         self._counters, self._timer, self._say = counters, timer, say
-        self._pending: tuple[Any, StoredLatent, Metrics] | None = None  # an update under way
+        # Updates whose results were not used: one under way and, for a moment, the one before.
+        self._pending: list[tuple[SampleIndex, StoredLatent, Metrics]] = []
         self._metrics: list[Metrics] = []  # of updates, since they were taken
         self._acting_params: Any = None  # after the last update
+        self._begun = False  # the newest update was started, and nothing was done after it
 
     @property
     def acting_params(self) -> Any:
@@ -71,6 +74,21 @@ class Learner:
         """Waits until the newest parameters are there."""
         jax.block_until_ready(self.state.updates)
 
+    def begin(self, steps: int, stopped: Callable[[], bool]) -> None:
+        """Starts the first update that is due, if its batch was sent; `train` makes the others.
+
+        Args:
+          steps: of all environments, from the start of the run.
+          stopped: whether to make no further update.
+        """
+        if not self.feed.ready:  # the ratio counts from the first batch on
+            return
+        due = self.ratio.due(steps)
+        if due and not stopped():
+            self._start()
+            due -= 1
+        self.ratio.give_back(due)
+
     def train(self, steps: int, stopped: Callable[[], bool]) -> None:
         """Makes the updates that are due after so many steps; those left are due at the next call.
 
@@ -82,6 +100,8 @@ class Learner:
           UserError: too many updates in a row were skipped.
         """
         due = self.ratio.due(steps)
+        if self._begun:
+            self._go_on()
         while due and not stopped():
             self.update()
             due -= 1
@@ -89,28 +109,39 @@ class Learner:
 
     def update(self) -> None:
         """Starts an update, uses the results of the one before, and draws the next batch."""
+        self._start()
+        self._go_on()
+
+    def _start(self) -> None:
         with self._timer.section('replay'):
             batch, index = self.feed.take()
         with self._timer.section('update'):
             self.state, latents, metrics = self._agent.update(self.state, batch)
-            self._acting_params = None
-            self.finish()
-        self._pending = (index, latents, metrics)
+        self._acting_params, self._begun = None, True
+        self._pending.append((index, latents, metrics))
         self._metrics.append(metrics)
         self._counters['updates'] += 1
+
+    def _go_on(self) -> None:
+        self._begun = False
+        with self._timer.section('update'):
+            for _ in self._pending[:-1]:
+                self._use()
         with self._timer.section('replay'):
             self.feed.prepare()
 
     def finish(self) -> None:
-        """Waits for the update before, if it was not finished, and writes its latents.
+        """Waits for the update under way, if there is one, and writes its latents.
 
         Raises:
           UserError: too many updates in a row were skipped.
         """
-        if self._pending is None:
-            return
-        index, latents, metrics = self._pending
-        self._pending = None
+        while self._pending:
+            self._use()
+
+    def _use(self) -> None:
+        """Writes latents of the first update whose results were not used, or counts it skipped."""
+        index, latents, metrics = self._pending.pop(0)
         if metrics['optimizer/skipped']:
             self._count_skipped(jax.device_get(metrics))
             return
@@ -140,4 +171,5 @@ class Learner:
                 'extreme size in what the environment returns. The last checkpoint is kept.'
             )
         if counters['skipped_in_a_row'] == 1:
-            self._say(f'Update {counters["updates"]:,} is skipped, as {what}; nothing has changed.')
+            number = counters['updates'] - len(self._pending)
+            self._say(f'Update {number:,} is skipped, as {what}; nothing has changed.')

@@ -261,15 +261,18 @@ class Trainer:
                 records.is_first,
                 seed=(self._seed, self.counters['ticks']),
             )
+        self.counters['ticks'] += 1
+        self.counters['steps'] += self._told.steps
+        self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
+        # The devices have their next work before the host looks at what they chose.
+        self._learner.begin(self.counters['steps'], self._stopped)
+        with self._timer.section('policy'):
             actions, latent = jax.device_get((actions, latent))
         # From here on the environments step, if in processes of their own; updates go on meanwhile.
         with self._timer.section('env'):
             self._env.start(actions)
         with self._timer.section('replay'):
             self._replay.add(steps.replay_step(records, actions, latent._asdict()))
-        self.counters['ticks'] += 1
-        self.counters['steps'] += self._told.steps
-        self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
         self._train()
         with self._environments():
             self._records, finals = self._env.finish()

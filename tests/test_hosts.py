@@ -122,6 +122,35 @@ def test_a_lost_host_ends_the_others(count, tmp_path, quick_compilation):
     check_that_one_goes_on(tmp_path)
 
 
+WAIT = """
+import os, pathlib, sys
+from jax._src import distributed
+import host
+from dreamerv3_jax import hosts
+index, count, port = map(int, sys.argv[1:])
+hosts.connect(host.config(index, count, port, pathlib.Path()).hosts)
+hosts.gather(0)
+if index == 0:
+    os.kill(os.getpid(), 9)
+with hosts.together():  # as orbax waits for the others to begin or end a checkpoint
+    distributed.global_state.client.wait_at_barrier('checkpoint', 100_000)
+"""
+
+
+@pytest.mark.medium
+def test_a_host_ends_with_a_sentence_where_jax_would_abort_it(quick_compilation):
+    """The first host is lost, which jax notices, while another waits for it in a barrier."""
+    port = free_port()
+    with started(lambda index: ['-c', WAIT, str(index), '3', str(port)], 3, quick_compilation) as x:
+        first, *others = ended(x)
+    assert first[2] == -signal.SIGKILL, first
+    for _, err, code in others:
+        assert code == 1, err
+        last = err.splitlines()[-1]
+        assert last.startswith('dreamerv3-jax: Another host is gone ('), err
+        assert last.endswith('to go on from the last checkpoint.')
+
+
 def check_that_one_goes_on(folder):
     """With all that several hosts have seen."""
     config = host.config(0, 1, 0, folder)

@@ -197,6 +197,24 @@ def test_training_ticks(tmp_path, monkeypatch):
 
 
 @pytest.mark.medium
+def test_an_update_starts_before_the_environments_do(tmp_path, monkeypatch):
+    """It is the devices' next work; the others that are due come once the environments step."""
+    order = []
+    with Trainer(counter_config(replay__train_ratio=20.5), tmp_path, 'tiny') as trainer:
+
+        def noted(name, function):
+            return lambda *args: (order.append(name), function(*args))[1]
+
+        parts = ((trainer._agent, 'update'), (trainer._env, 'start'), (trainer._replay, 'add'))
+        for owner, name in parts:
+            monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+        while trainer.counters['updates'] < 20:
+            trainer.tick()
+    seen = ' '.join(order)
+    assert 'add update start add update' in seen and 'start update' not in seen
+
+
+@pytest.mark.medium
 def test_compiles_once(tmp_path, monkeypatch, fresh_agents):
     traces = []
 

@@ -143,7 +143,7 @@ def test_skipped_updates_in_a_row_are_counted_across_stops(tmp_path):
     config = clockwork_config()
     with tiny_runs.ticked(config, tmp_path, 4) as trainer:
         skipped = {'loss/reward': np.float32(np.nan), 'optimizer/skipped': np.float32(1)}
-        trainer._learner._pending = (None, None, skipped)
+        trainer._learner._pending = [(None, None, skipped)]
         trainer.save()
     with Trainer(config, tmp_path, 'tiny') as trainer:
         assert trainer.counters['skipped_in_a_row'] == trainer.counters['skipped'] == 1
@@ -152,6 +152,6 @@ def test_skipped_updates_in_a_row_are_counted_across_stops(tmp_path):
         trainer.counters['ticks'] += 1
         trainer.save()
     with Trainer(config, tmp_path, 'tiny') as trainer:
-        trainer._learner._pending = (None, None, skipped)
+        trainer._learner._pending = [(None, None, skipped)]
         with pytest.raises(UserError, match='in a row were skipped'):
             trainer._learner.finish()

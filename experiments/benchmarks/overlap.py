@@ -5,7 +5,8 @@ python -m experiments.benchmarks.overlap [--ticks=300] [--output=FILE]
 The loop is the real one, with pictures of 64x64x3, a size1m policy, and 16 environments in
 processes of their own whose steps sleep for 5 ms. The update is not real: it sleeps, as the host
 does while an accelerator computes, for a time that is given, and so leaves the cores to the loop as
-an accelerator would. There is one update for each tick.
+an accelerator would. It begins when acting is done, as an accelerator does one thing after the
+other. There is one update for each tick.
 
 A tick can take no less than acting and then the longer of update and environments. Acting is timed
 in the loop, as a processor that has waited for an update is slower than one that acts all the time;
@@ -59,7 +60,7 @@ def make_agent_class(seconds: list[float]) -> type:
     from dreamerv3_jax import Agent
     from dreamerv3_jax.types import StoredLatent
 
-    def compute(updates: Any) -> Any:
+    def compute(updates: Any, _: Any) -> Any:
         time.sleep(seconds[0])
         return np.int32(updates + 1)
 
@@ -67,8 +68,9 @@ def make_agent_class(seconds: list[float]) -> type:
         def compile_update(self, batch_size: int, batch_length: int) -> None:
             shape = (batch_size, batch_length)
 
-            def update(updates: Any) -> Any:
-                updates = jax.pure_callback(compute, jax.ShapeDtypeStruct((), np.int32), updates)
+            def update(updates: Any, acted: Any) -> Any:
+                count = jax.ShapeDtypeStruct((), np.int32)
+                updates = jax.pure_callback(compute, count, updates, acted)
                 deter = jnp.zeros((*shape, self.config.deter)) + 0.0 * updates
                 stoch = jnp.zeros((*shape, self.config.stoch), np.uint8) + np.uint8(0) * updates
                 metrics = {'optimizer/skipped': 0.0 * updates}
@@ -76,8 +78,13 @@ def make_agent_class(seconds: list[float]) -> type:
 
             self._asleep = jax.jit(update)
 
+        def policy(self, *arguments: Any, **named: Any) -> Any:
+            acted = super().policy(*arguments, **named)
+            self._acted = acted[1]
+            return acted
+
         def update(self, state: Any, batch: Any) -> Any:
-            updates, latents, metrics = self._asleep(state.updates)
+            updates, latents, metrics = self._asleep(state.updates, self._acted)
             return state.replace(updates=updates), latents, metrics
 
     return Asleep
@@ -97,6 +104,7 @@ def run(ticks: int) -> list[tuple[float, ...]]:
     config = load_config('gymnasium:size1m')
     config.env.update(id=f'{NAME}:slow_environment', num_envs=ENVIRONMENTS, vectorization='async')
     config.replay.update(capacity=20_000, train_ratio=64.0)  # one update for each tick
+    config.mesh.data = 1
     seconds, rows = [0.0], []
     loop.Agent = make_agent_class(seconds)
     with (
@@ -107,7 +115,7 @@ def run(ticks: int) -> list[tuple[float, ...]]:
         agent.compile_update(config.replay.batch_size, config.replay.batch_length)
         while trainer.counters['updates'] < 5:
             trainer.tick()
-        records, section, acted = trainer._records, trainer._timer.section, []
+        records, section, acting, acted = trainer._records, trainer._timer.section, [], []
         _, actions, _ = agent.policy(
             trainer._learner.acting_params,
             trainer._policy_state,
@@ -123,18 +131,24 @@ def run(ticks: int) -> list[tuple[float, ...]]:
             with section(name):
                 yield
             if name == 'policy':
-                acted.append(time.perf_counter() - start)
+                acting.append(time.perf_counter() - start)
+
+        def tick() -> None:
+            acting.clear()
+            trainer.tick()
+            acted.append(sum(acting))
 
         trainer._timer.section = timed
         for seconds[0] in UPDATES:
             stepping = medians(lambda: env.step(chosen), ticks // 3)
             updating = medians(
-                lambda: jax.block_until_ready(agent._asleep(trainer._learner.state.updates)),
+                lambda: jax.block_until_ready(
+                    agent._asleep(trainer._learner.state.updates, actions)
+                ),
                 ticks // 3,
             )
-            acted.clear()
-            tick = medians(trainer.tick, ticks)
-            rows.append((updating, statistics.median(acted[-ticks:]), stepping, tick))
+            ticking = medians(tick, ticks)
+            rows.append((updating, statistics.median(acted[-ticks:]), stepping, ticking))
     return rows
 
 
