@@ -122,11 +122,11 @@ class Checkpointer:
                 self._manager.wait_until_finished()
             hosts.first(lambda: _write_checksums(self._folder / str(step)))
         except (OSError, ValueError) as error:
+            if hosts.lost(error):
+                raise
             # One that lacks its checksums only: the next ones would push whole ones out of the way.
             if hosts.index() == 0:
                 shutil.rmtree(self._folder / str(step), ignore_errors=True)
-            if hosts.lost(error):
-                raise
             with contextlib.suppress(OSError, ValueError), _silence():
                 self._manager.reload()
             full = re.search('no space left on device|quota exceeded', str(error), re.IGNORECASE)

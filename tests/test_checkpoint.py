@@ -245,6 +245,22 @@ def test_one_whose_checksums_do_not_fit_is_removed(folder, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ['20', '50']
 
 
+def test_one_in_which_another_host_is_lost_is_kept(tmp_path, monkeypatch, caplog):
+    """It may be the only one; it is whole, as the hosts had all written their parts."""
+    folder = tmp_path / 'checkpoints'
+
+    def lose(folder):
+        raise ValueError('Gloo all-reduce failed: Connection closed by peer')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, '_write_checksums', lose)
+        patch.setattr(jax.distributed, 'is_initialized', lambda: True)
+        with pytest.raises(ValueError, match='Gloo'):
+            write(folder, 10)
+    assert_equal(read(folder), make_saved(10))
+    assert 'was taken unchecked' in caplog.text
+
+
 def test_a_step_before_the_newest_is_refused(folder):
     with pytest.raises(UserError, match='there is a later one already'):
         write(folder, 15)

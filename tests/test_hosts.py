@@ -114,10 +114,8 @@ def test_a_lost_host_ends_the_others(count, tmp_path, quick_compilation):
             *others, _ = ended(processes)
         for out, err, code in others:
             assert code == 1, out + err
-            *more, sentence = err.splitlines()
-            assert sentence.startswith('dreamerv3-jax: Another host is gone ('), err
-            # One that is no neighbour of the lost one hears of it as the others leave, with JAX.
-            assert not more or count > 2, err
+            # What JAX says, where it notices first, stands above.
+            assert err.splitlines()[-1].startswith('dreamerv3-jax: Another host is gone ('), err
         assert ('Going on at' in others[0][0]) == bool(start)
     check_that_one_goes_on(tmp_path)
 
