@@ -23,15 +23,22 @@ _MALLOC_OPTIONS = (
     (-8, 1),  # M_ARENA_MAX: one heap for all threads
 )
 _one_heap = False  # whether they are in force
-# This release puts convolutions and reductions into fusions that are slower than XLA's own loops,
-# uses half of the widest registers, and keeps more arrays at a time than it must, to run more
-# operations at once. Unknown flags end the process, so releases that were not tried are left alone.
-_TUNED_RELEASE = '0.10.2'
-_FLAGS = (
-    '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution,-reduce '
-    '--xla_cpu_prefer_vector_width=512 '
-    '--xla_cpu_enable_concurrency_optimized_scheduler=false'
+# A core that waits for another one ends the process after 40 seconds, so also one that was suspended
+# for a minute; with these it waits.
+_PATIENT = (
+    '--xla_cpu_collective_call_warn_stuck_timeout_seconds=1000000000 '
+    '--xla_cpu_collective_call_terminate_timeout_seconds=1000000000'
 )
+# By release of jaxlib. Unknown flags end the process, so those that were not tried are left alone.
+_FLAGS = {
+    # Puts convolutions and reductions into fusions that are slower than XLA's own loops, uses half
+    # of the widest registers, and keeps more arrays at a time than it must, to run more operations
+    # at once.
+    '0.10.2': '--xla_cpu_experimental_ynn_fusion_type=-individual_convolution,-reduce '
+    '--xla_cpu_prefer_vector_width=512 '
+    f'--xla_cpu_enable_concurrency_optimized_scheduler=false {_PATIENT}',
+    '0.12.0.1': _PATIENT,
+}
 # XLA splits single operations among the cores, the small ones not at all. As several devices, the
 # cores share the sequences of a batch instead. Each device has a copy of the parameters.
 _MOST_DEVICES = 4
@@ -106,8 +113,9 @@ def tune_cpu() -> None:
     os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(min(_cores(), _MOST_DEVICES)))
     if not any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
         _tune_malloc()
-    if importlib.metadata.version('jaxlib') == _TUNED_RELEASE:
-        os.environ.setdefault('XLA_FLAGS', _FLAGS)
+    flags = _FLAGS.get(importlib.metadata.version('jaxlib'))
+    if flags:
+        os.environ.setdefault('XLA_FLAGS', flags)
 
 
 def _only_cpu() -> bool:

@@ -131,3 +131,38 @@ def test_pieces_of_the_heap_are_taken():
         'print(before, library.malloc(30_000) > max(pieces))\n'
     )
     assert tuned(code) == 'True True\n'
+
+
+LATE = """
+from dreamerv3_jax import startup
+startup.tune_cpu()
+import time, jax, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+
+def late(x):
+    if x.item() == 0:
+        time.sleep(65)
+    return x
+
+def total(x):
+    return jax.lax.psum(jax.pure_callback(late, jax.ShapeDtypeStruct((1,), np.float32), x), 'data')
+
+mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
+total = jax.shard_map(total, mesh=mesh, in_specs=P('data'), out_specs=P(), check_vma=False)
+print(jax.jit(total)(np.arange(2, dtype=np.float32)))
+"""
+
+
+@pytest.mark.slow
+def test_cores_wait_for_each_other_as_long_as_it_takes():
+    """As one has to where the process was suspended; XLA would end it after a minute."""
+    variables = {'JAX_NUM_CPU_DEVICES': '2', 'JAX_PLATFORMS': 'cpu'}
+    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+    run = subprocess.run(
+        [sys.executable, '-c', LATE],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, '[1.]\n', '')

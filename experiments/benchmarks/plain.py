@@ -140,7 +140,7 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
 }
 SETTINGS = {
     'a device for each core': {'JAX_NUM_CPU_DEVICES': '1'},
-    'settings of XLA': {'XLA_FLAGS': ' '},
+    'settings of XLA': {'XLA_FLAGS': '--xla_cpu_prefer_vector_width=256'},  # the default
     'settings of the allocator': {'MALLOC_PERTURB_': '0'},
 }
 
