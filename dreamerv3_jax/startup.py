@@ -23,8 +23,8 @@ _MALLOC_OPTIONS = (
     (-8, 1),  # M_ARENA_MAX: one heap for all threads
 )
 _one_heap = False  # whether they are in force
-# A core that waits for another one ends the process after 40 seconds, so also one that was suspended
-# for a minute; with these it waits.
+# A core that waits for another one ends the process after a minute, so also one that was suspended
+# for that long; with these it waits.
 _PATIENT = (
     '--xla_cpu_collective_call_warn_stuck_timeout_seconds=1000000000 '
     '--xla_cpu_collective_call_terminate_timeout_seconds=1000000000'
