@@ -4,18 +4,24 @@ python -m experiments.benchmarks.plain [--size=size1m] [--kind='images 64x64x3']
 
 Times the update without each optimisation in turn, and without all of them, beside the update as it
 is: both are compiled in one process and take turns, and the ratio of their medians is printed. The
-settings of `startup` are measured in processes of their own.
+settings of `startup` are measured in processes of their own. --output=FILE writes a table there, as
+markdown.
 """
 
 import argparse
 import contextlib
 import importlib
+import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.benchmarks import measure
+from experiments.machine import processor
+
+NAME = 'experiments.benchmarks.plain'  # of this module, however it was started
 
 
 def _window_max_pool(x: Any) -> Any:
@@ -185,6 +191,30 @@ def ratio(plain: Form, as_it_is: Form, runs: int) -> float:
     return first / second
 
 
+def names(kind: str) -> list[str]:
+    """The optimisations that can matter to an update from such observations."""
+    images = kind.startswith('images')
+    return [name for name, (module, *_) in PATCHES.items() if images or 'conv' not in module]
+
+
+def ratios(size: str, kind: str, runs: int, only: str) -> Iterator[tuple[str, float]]:
+    """What is left out, and the times that the update takes then."""
+    as_it_is = Form(size, kind)
+    cases = {name: (name,) for name in names(kind)} | {'all of these': tuple(names(kind))}
+    for name, left_out in cases.items():
+        if only in name:
+            yield name, ratio(Form(size, kind, left_out), as_it_is, runs)
+    for name, settings in SETTINGS.items():
+        if only in name:
+            with_it, without_it = (
+                statistics.median(
+                    measure.in_process(f'update {size} {kind}', runs, **chosen)['seconds']
+                )
+                for chosen in ({}, settings)
+            )
+            yield name, without_it / with_it
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -193,27 +223,25 @@ def main() -> None:
     parser.add_argument('--kind', default='vectors')
     parser.add_argument('--runs', type=int, default=7)
     parser.add_argument('--only', default='', help='a part of the names to be measured')
+    parser.add_argument('--output', type=pathlib.Path)
     options = parser.parse_args()
 
     from dreamerv3_jax import startup
 
     startup.tune_cpu()
-    print(f'Times the update takes without it, {options.size} {options.kind}:', flush=True)
-    as_it_is = Form(options.size, options.kind)
-    cases = {name: (name,) for name in PATCHES} | {'all of these': tuple(PATCHES)}
-    for name, left_out in cases.items():
-        if options.only in name:
-            plain = Form(options.size, options.kind, left_out)
-            value = ratio(plain, as_it_is, options.runs)
-            print(f'{value:6.2f}  {name}', flush=True)
-    for name, settings in SETTINGS.items():
-        if options.only in name:
-            case = f'update {options.size} {options.kind}'
-            with_it, without_it = (
-                statistics.median(measure.in_process(case, options.runs, **chosen)['seconds'])
-                for chosen in ({}, settings)
-            )
-            print(f'{without_it / with_it:6.2f}  {name}', flush=True)
+    lines = [
+        f'Measured on {time.strftime("%Y-%m-%d")} with {processor()}, {os.cpu_count()} cores: '
+        f"`python -m {NAME} --size={options.size} --kind='{options.kind}'`.",
+        '',
+        '| left out | times the update takes then |',
+        '|---|---|',
+    ]
+    print('\n'.join(lines), flush=True)
+    for name, value in ratios(options.size, options.kind, options.runs, options.only):
+        lines.append(f'| {name} | {value:.2f} |')
+        print(lines[-1], flush=True)
+        if options.output:
+            options.output.write_text('\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':
