@@ -65,6 +65,7 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
             mesh=dict(  # of all devices, see docs/scaling.md
                 data=-1,  # groups of them that see different sequences; -1 takes all there are
                 fsdp=1,  # devices in a group, over which parameters and optimiser are spread
+                acting=False,  # a device of each host acts only, by parameters one update old
             ),
             hosts=dict(  # SLURM, Kubernetes and TPU pods need none of them
                 coordinator='',  # address:port of the first host

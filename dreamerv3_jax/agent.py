@@ -42,6 +42,7 @@ class Agent:
         action_specs: Mapping[str, ArraySpec],
         config: AgentConfig | Mapping[str, Any],
         mesh: sharding.Devices | None = None,
+        acting: jax.Device | None = None,
     ) -> None:
         """Builds the networks; nothing is allocated or compiled yet.
 
@@ -50,13 +51,14 @@ class Agent:
           action_specs: arrays of an action by name.
           config: settings, or a mapping of them such as the `agent` part of a preset.
           mesh: devices of the update; by default the first device alone.
+          acting: another device, for the policy; by default one of the update's.
         """
         self.observation_specs = dict(sorted(observation_specs.items()))
         self.action_specs = dict(sorted(action_specs.items()))
         self.config = (
             config if isinstance(config, AgentConfig) else AgentConfig.from_mapping(config)
         )
-        self.mesh = mesh or sharding.make_mesh(data=1)
+        self.mesh, self.acting = mesh or sharding.make_mesh(data=1), acting
         self.networks = make_networks(self.observation_specs, self.action_specs, self.config)
         self._optimizer = make_optimizer(self.config)
         self.pure_update = functools.partial(
@@ -129,11 +131,16 @@ class Agent:
         stoch = jnp.zeros((count, config.stoch, config.classes), dtype)
         state = PolicyState(Latent(deter, stoch), zero_actions(self.action_specs, count))
         # Placed as the policy returns it: its second call must not compile again.
-        return jax.device_put(state, sharding.own_device(self.mesh))
+        return jax.device_put(state, self.acting or sharding.own_device(self.mesh))
 
     def acting_params(self, state: TrainState) -> Any:
-        """Parameters for `policy`, whole on one device of this process, until the next update."""
-        return sharding.gather(self.mesh, {name: state.params[name] for name in policy.NETWORKS})
+        """Parameters for `policy`, whole on one device of this process.
+
+        They last until the next update, or for good where the policy has a device of its own.
+        """
+        params = {name: state.params[name] for name in policy.NETWORKS}
+        params = sharding.gather(self.mesh, params)
+        return jax.device_put(params, self.acting) if self.acting else params
 
     def policy(
         self,

@@ -65,14 +65,18 @@ class Learner:
 
     @property
     def acting_params(self) -> Any:
-        """Newest parameters for `Agent.policy`; where there are many hosts, all ask at a time."""
+        """Newest parameters for `Agent.policy`; where there are many hosts, all ask at a time.
+
+        On a device of their own they are those before the newest update, which is under way.
+        """
         if self._acting_params is None:
             self._acting_params = self._agent.acting_params(self.state)
         return self._acting_params
 
     def wait(self) -> None:
-        """Waits until the newest parameters are there."""
-        jax.block_until_ready(self.state.updates)
+        """Waits until the parameters to act by are there."""
+        if not self._agent.acting:
+            jax.block_until_ready(self.state.updates)
 
     def begin(self, steps: int, stopped: Callable[[], bool]) -> None:
         """Starts the first update that is due, if its batch was sent; `train` makes the others.
@@ -116,8 +120,9 @@ class Learner:
         with self._timer.section('replay'):
             batch, index = self.feed.take()
         with self._timer.section('update'):
+            before = self._agent.acting_params(self.state) if self._agent.acting else None
             self.state, latents, metrics = self._agent.update(self.state, batch)
-        self._acting_params, self._begun = None, True
+        self._acting_params, self._begun = before, True
         self._pending.append((index, latents, metrics))
         self._metrics.append(metrics)
         self._counters['updates'] += 1
@@ -133,11 +138,14 @@ class Learner:
     def finish(self) -> None:
         """Waits for the update under way, if there is one, and writes its latents.
 
+        The next actions are by the newest parameters, as they are when a run goes on.
+
         Raises:
           UserError: too many updates in a row were skipped.
         """
         while self._pending:
             self._use()
+        self._acting_params = None
 
     def _use(self) -> None:
         """Writes latents of the first update whose results were not used, or counts it skipped."""

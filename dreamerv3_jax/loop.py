@@ -87,9 +87,7 @@ class Trainer:
     def _build(self, preset: str) -> None:
         config, logdir, opened = self._config, self._logdir, self._opened
         run_folder.check_hosts(config)
-        data, fsdp = config.mesh.data, config.mesh.fsdp
-        devices = sharding.devices_for(config.replay.batch_size, fsdp) if data == -1 else None
-        mesh = sharding.make_mesh(data, fsdp, devices)
+        mesh, acting = sharding.arrange(config.mesh, config.replay.batch_size)
         sequences = hosts.share(config.replay.batch_size, 'replay.batch_size')
         hosts.share(config.env.num_envs, 'env.num_envs')
         resumed = hosts.first(self._look_into_folder)
@@ -97,7 +95,7 @@ class Trainer:
         observation_specs, action_specs = self._env.observation_specs, self._env.action_specs
         if resumed is not None:
             hosts.first(lambda: run_folder.check_spaces(logdir, observation_specs, action_specs))
-        self._agent = Agent(observation_specs, action_specs, config.agent, mesh)
+        self._agent = Agent(observation_specs, action_specs, config.agent, mesh, acting)
         specs, capacity = steps.replay_specs(self._agent), config.replay.capacity // hosts.count()
         directory = logdir / 'replay' if config.replay.on_disk else None
         if directory and hosts.count() > 1:

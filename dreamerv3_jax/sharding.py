@@ -55,12 +55,49 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     )
 
 
-def devices_for(batch_size: int, fsdp: int) -> Sequence[jax.Device]:
+def arrange(settings: Any, batch_size: int) -> tuple[Mesh, jax.Device | None]:
+    """The mesh of the devices that learn, and the one of this process that acts only, if one does.
+
+    Args:
+      settings: `config.mesh`.
+      batch_size: sequences of a batch, of all hosts.
+
+    Raises:
+      UserError: the settings do not fit the devices.
+    """
+    devices, acting = jax.devices(), None
+    if settings.acting:
+        devices = set_apart(devices)
+        acting = jax.local_devices()[-1]
+    if settings.data == -1:
+        devices = devices_for(batch_size, settings.fsdp, devices)
+    return make_mesh(settings.data, settings.fsdp, devices), acting
+
+
+def set_apart(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Devices without the last one of each host, which acts.
+
+    Raises:
+      UserError: a host has one device only.
+    """
+    last = {device.process_index: device for device in devices}
+    learning = [device for device in devices if device not in last.values()]
+    if len({device.process_index for device in learning}) < len(last):
+        raise UserError(
+            'mesh.acting needs two devices on each host, one to act and one to learn; '
+            'leave it out, and one device does both.'
+        )
+    return learning
+
+
+def devices_for(
+    batch_size: int, fsdp: int, devices: Sequence[jax.Device] | None = None
+) -> Sequence[jax.Device]:
     """All devices, but of those of one CPU only as many as the sequences can be dealt out to.
 
     They are cores, see `startup.tune_cpu`, and any number of them does.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if devices[0].platform != 'cpu' or jax.process_count() > 1:
         return devices
     fitting = [n for n in range(1, len(devices) + 1) if n % fsdp == 0 == batch_size % n]

@@ -22,7 +22,8 @@ def agent_rows(config: ml_collections.ConfigDict, agent: Agent) -> dict[str, str
         'action': _listed(agent.action_specs),
         'parameters': f'{sum(counts.values()):,} ({config.size}): '
         + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
-        'mesh': f'data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}',
+        'mesh': f'data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}'
+        + (', one acts' if config.mesh.acting else ''),
         'replay': f'{replay.capacity:,} steps x {step_bytes:,} bytes = '
         f'{step_bytes * replay.capacity / 1e9:.2f} GB '
         + ('on disk' if replay.on_disk else 'of memory'),

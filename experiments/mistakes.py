@@ -128,8 +128,8 @@ MISTAKES = (
     ),
     Mistake(
         'acting with the first parameters', 'learner.py',
-        'self._acting_params = None\n',
-        'self._acting_params = jax.tree.map(np.array, self._acting_params)\n',
+        'self._agent.acting_params(self.state) if self._agent.acting else None',
+        'jax.tree.map(np.array, self.acting_params)',
         'test_corridor.py',
     ),
     Mistake(

@@ -215,6 +215,34 @@ def test_an_update_starts_before_the_environments_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.medium
+def test_a_device_of_its_own_acts_by_parameters_one_update_old(tmp_path, monkeypatch):
+    config = counter_config(mesh__acting=True, replay__train_ratio=10.0)
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        agent, states = trainer._agent, [jax.device_get(trainer._learner.state.params)]
+        policy, update = agent.policy, agent.update
+
+        def spied_update(state, batch):
+            result = update(state, batch)
+            states.append(jax.device_get(result[0].params))
+            return result
+
+        def spied_policy(params, *args, **options):
+            assert {x.device for x in jax.tree.leaves(params)} == {jax.local_devices()[-1]}
+            expected = {name: states[max(0, len(states) - 2)][name] for name in params}
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), expected)
+            return policy(params, *args, **options)
+
+        monkeypatch.setattr(agent, 'update', spied_update)
+        monkeypatch.setattr(agent, 'policy', spied_policy)
+        while trainer.counters['updates'] < 10:
+            trainer.tick()
+        assert len(states) == 11
+        assert trainer._policy_state.latent.deter.device == jax.local_devices()[-1]
+        trainer.save()  # a run that goes on has the newest parameters only
+        assert trainer._learner._acting_params is None
+
+
+@pytest.mark.medium
 def test_compiles_once(tmp_path, monkeypatch, fresh_agents):
     traces = []
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from dreamerv3_jax import sharding
 from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.normalization import init_return_percentiles, update_return_percentiles
 
@@ -186,6 +187,16 @@ def test_impossible_meshes(data, fsdp, words):
 def test_impossible_batches(data, fsdp, batch):
     with pytest.raises(UserError, match=f'A batch of {batch} sequences does not divide among'):
         sharding.batch_sharding(sharding.make_mesh(data, fsdp), batch)
+
+
+def test_a_device_is_set_apart_for_acting():
+    settings = base.get_config('nano').mesh
+    assert sharding.arrange(settings, 8)[1] is None
+    settings.acting = True
+    mesh, acting = sharding.arrange(settings, 14)
+    assert mesh.devices.flatten().tolist() == jax.devices()[:7] and acting == jax.devices()[7]
+    with pytest.raises(UserError, match='mesh.acting needs two devices on each host'):
+        sharding.set_apart(jax.devices()[:1])
 
 
 @pytest.mark.parametrize(

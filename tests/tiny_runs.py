@@ -67,11 +67,11 @@ _agents: dict[str, Agent] = {}
 
 
 def _shared_agent(
-    observation_specs: Any, action_specs: Any, config: Any, mesh: Any = None
+    observation_specs: Any, action_specs: Any, config: Any, mesh: Any = None, acting: Any = None
 ) -> Agent:
-    key = repr((observation_specs, action_specs, config.to_dict(), mesh and mesh.shape))
+    key = repr((observation_specs, action_specs, config.to_dict(), mesh and mesh.shape, acting))
     if key not in _agents:
-        agent = _agents[key] = Agent(observation_specs, action_specs, config, mesh)
+        agent = _agents[key] = Agent(observation_specs, action_specs, config, mesh, acting)
         create = functools.cache(agent.init)
 
         def init(seed: int) -> Any:

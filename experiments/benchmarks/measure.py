@@ -75,8 +75,7 @@ def make_agent(size: str, kind: str) -> Any:
     from dreamerv3_jax import Agent, load_config, sharding
 
     config = load_config(f'gymnasium:{size}')
-    devices = sharding.devices_for(config.replay.batch_size, config.mesh.fsdp)
-    mesh = sharding.make_mesh(devices=devices)
+    mesh, _ = sharding.arrange(config.mesh, config.replay.batch_size)
     return Agent.from_spaces(*spaces(kind), config.agent, mesh)
 
 
