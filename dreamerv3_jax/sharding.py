@@ -65,7 +65,8 @@ def arrange(settings: Any, batch_size: int) -> tuple[Mesh, jax.Device | None]:
     Raises:
       UserError: the settings do not fit the devices.
     """
-    devices, acting = jax.devices(), None
+    devices: Sequence[jax.Device] = jax.devices()
+    acting = None
     if settings.acting:
         devices = set_apart(devices)
         acting = jax.local_devices()[-1]

@@ -34,7 +34,7 @@ MISTAKES = (
     ),
     Mistake(
         'gradient of the norm left out', 'nets/layers.py',
-        'z_gradient * scale[None] - y * along_y', 'z_gradient * scale[None] - 0.0 * along_y',
+        'y * inverse_rms(y, (-1,))', 'y * jax.lax.stop_gradient(inverse_rms(y, (-1,)))',
         'test_layers.py',
     ),
     Mistake(

@@ -213,22 +213,6 @@ def test_normalised_silu_by_hand():
     np.testing.assert_allclose(result, [[1.4342, 0.8554]], rtol=2e-4)
 
 
-@pytest.mark.parametrize('magnitude', [1e-6, 1e-2, 1.0, 1e6])
-def test_gradient_of_normalised_silu(magnitude):
-    """Its own backward pass is the derivative of the plain form, on both sides of the epsilon."""
-    x, gradient = magnitude * random(7, 5), random(7, 5, seed=1)
-    bias, scale = magnitude * random(5, seed=2), random(5, seed=3)
-
-    def gradients(function):
-        value, backward = jax.vjp(function, x, bias, scale)
-        return value, *backward(gradient)
-
-    for ours, plain in zip(
-        gradients(layers.normalised_silu), gradients(plain_normalised_silu), strict=True
-    ):
-        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
-
-
 def test_normalised_silu_does_not_see_the_length_of_a_row():
     # f(c y) = f(y) far above the epsilon, so the gradient is orthogonal to y, and zeros stay zeros.
     y, scale, zero = random(6, 8), random(8, seed=1), jnp.zeros(8)
@@ -322,42 +306,6 @@ def test_space_to_depth_by_hand():
     ]
     y = random(2, 6, 8, 3)
     np.testing.assert_array_equal(convolutions.depth_to_space(convolutions.space_to_depth(y)), y)
-
-
-def square_gradients(function, *arguments):
-    """Of the sum of squares of a function that is linear in each argument."""
-    return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(function(*x)))))(arguments)
-
-
-@pytest.mark.parametrize('count', [160, 7])  # in parts, and as they are
-@pytest.mark.parametrize(('inputs', 'features'), [(5, 3), (3, 5), (4, 4)])
-def test_gradients_of_a_product(count, inputs, features):
-    x, kernel = random(count, inputs), random(inputs, features, seed=1)
-    jax.tree.map(
-        close,
-        square_gradients(layers.product, x, kernel),
-        square_gradients(lambda x, kernel: x @ kernel, x, kernel),
-    )
-
-
-def test_gradient_of_a_kernel_by_hand():
-    x = jnp.arange(32.0)[:, None] * jnp.ones((1, 2))
-    gradient = jnp.ones((32, 1))
-    assert layers.kernel_gradient(x, gradient).tolist() == [[496.0], [496.0]]
-
-
-@pytest.mark.parametrize('side', [3, 5])
-@pytest.mark.parametrize(('height', 'chunk', 'images'), [(8, 64, 16), (2, 16, 16), (8, 4096, None)])
-def test_gradients_of_a_convolution(monkeypatch, side, height, chunk, images):
-    monkeypatch.setattr(convolutions, 'CHUNK', chunk)
-    x, kernel = random(64, height, 4, 2), random(side, side, 2, 3, seed=1)
-    assert jax.local_device_count() == 8
-    assert convolutions._images_per_chunk(x.shape) == images
-    jax.tree.map(
-        lambda actual, expected: close(actual, expected, 2e-3),
-        square_gradients(convolutions.convolve, x, kernel),
-        square_gradients(convolutions._convolve, x, kernel),
-    )
 
 
 def test_many_channels_are_pooled_like_few(monkeypatch):

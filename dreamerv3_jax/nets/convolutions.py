@@ -1,96 +1,20 @@
-"""Convolutions with the pooling or upsampling around them, and their gradients."""
-
-import functools
+"""Convolutions with the pooling or upsampling around them."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamerv3_jax.nets.layers import along_last, kernel_gradient, rows, truncated_normal
+from dreamerv3_jax.nets.layers import along_last, truncated_normal
 from dreamerv3_jax.types import Array
 
 MANY_CHANNELS = 16  # fewer of them leave registers and matrix units half empty
-CHUNK = 4096  # pixels per device whose neighbourhoods are written out at a time, for the cache
 
 
-def _convolve(x: Array, kernel: Array) -> Array:
-    dimensions = ('NHWC', 'HWIO', 'NHWC')
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=dimensions)
-
-
-@jax.custom_vjp
 def convolve(x: Array, kernel: Array) -> Array:
     """Stride 1, same padding: [N, H, W, n], [k, k, n, m] -> [N, H, W, m]."""
-    return _convolve(x, kernel)
-
-
-def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(x, kernel), (x, kernel)
-
-
-def _convolve_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    (x_gradient,) = jax.linear_transpose(lambda x: _convolve(x, kernel), x)(gradient)
-
-    def plain(x: Array, gradient: Array) -> Array:
-        return jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(gradient)[0]
-
-    images = _images_per_chunk(x.shape)
-    if images is None:
-        return x_gradient, plain(x, gradient)
-    in_chunks = functools.partial(_kernel_gradient_in_chunks, side=kernel.shape[0], images=images)
-    return x_gradient, jax.lax.platform_dependent(x, gradient, cpu=in_chunks, default=plain)
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
-def _images_per_chunk(shape: tuple[int, ...]) -> int | None:
-    """As many images as have at least `CHUNK` pixels per device and divide evenly."""
-    count, height, width, _ = shape
-    devices = jax.local_device_count()
-    for images in range(devices, count, devices):
-        if count % images == 0 and images * height * width >= CHUNK * devices:
-            return images
-    return None
-
-
-def _kernel_gradient_in_chunks(x: Array, gradient: Array, *, side: int, images: int) -> Array:
-    """Gradient of the kernel as products of pixels' neighbourhoods with their gradients.
-
-    XLA on CPU writes the gradient as a convolution of transposed images, and computes all that
-    leads up to them again, number by number, while it transposes. The operands of a loop stand in
-    memory; and a chunk of the neighbourhoods stays in the cache.
-
-    Args:
-      x: [N, H, W, n].
-      gradient: [N, H, W, m].
-      side: k.
-      images: per chunk.
-
-    Returns:
-      [k, k, n, m].
-    """
-    _, height, width, channels = x.shape
-    # A chunk takes images from all over: they may be split over devices by their first axis.
-    x, gradient = (y.reshape(images, -1, *y.shape[1:]) for y in (x, gradient))
-    pad = (side // 2, side // 2)
-
-    def add_chunk(total: Array, index: Array) -> tuple[Array, None]:
-        chunk, chunk_gradient = (
-            jax.lax.dynamic_index_in_dim(y, index, 1, keepdims=False) for y in (x, gradient)
-        )
-        chunk = jnp.pad(chunk, ((0, 0), pad, pad, (0, 0)))
-        chunk = jnp.concatenate([chunk[:, :, a : a + width] for a in range(side)], -1)
-        chunk = jnp.concatenate([chunk[:, a : a + height] for a in range(side)], -1)
-        chunk, chunk_gradient = rows(chunk), rows(chunk_gradient)
-        return total + kernel_gradient(chunk, chunk_gradient), None
-
-    features = gradient.shape[-1]
-    zeros = jnp.zeros((side * side * channels, features), gradient.dtype)
-    total, _ = jax.lax.scan(add_chunk, zeros, jnp.arange(x.shape[1]))
-    return total.reshape(side, side, channels, features)
+    dimensions = ('NHWC', 'HWIO', 'NHWC')
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=dimensions)
 
 
 class Conv(nn.Module):

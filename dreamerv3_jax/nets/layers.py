@@ -38,48 +38,6 @@ def rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-@jax.custom_vjp
-def product(x: Array, kernel: Array) -> Array:
-    """[N, n] @ [n, m] -> [N, m], whose gradient of the kernel is `kernel_gradient`."""
-    return x @ kernel
-
-
-def kernel_gradient(x: Array, gradient: Array) -> Array:
-    """`x.T @ gradient`: [N, n], [N, m] -> [n, m].
-
-    On CPU a product that contracts the rows of two tall matrices reaches a third of the machine's
-    peak. Several such products of parts of the rows, the narrower factor first, come near to it.
-    """
-    transposed = x.shape[1] >= gradient.shape[1]
-    narrow, wide = (gradient, x) if transposed else (x, gradient)
-    parts = 2 * jax.local_device_count()  # two on each device, should the rows be split over them
-
-    def in_parts(narrow: Array, wide: Array) -> Array:
-        narrow, wide = (y.reshape(parts, -1, y.shape[-1]) for y in (narrow, wide))
-        return jnp.sum(jnp.einsum('prn,prw->pnw', narrow, wide), 0)
-
-    def plain(narrow: Array, wide: Array) -> Array:
-        return narrow.T @ wide
-
-    if len(x) % parts:
-        out = plain(narrow, wide)
-    else:
-        out = jax.lax.platform_dependent(narrow, wide, cpu=in_parts, default=plain)
-    return out.T if transposed else out
-
-
-def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _product_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
-    return gradient @ kernel.T, kernel_gradient(x, gradient)
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
 def along_last(vector: Array, like: Array) -> Array:
     """Broadcasts `vector` [n] against the last axis of `like` [..., n]."""
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
@@ -112,7 +70,7 @@ class Linear(nn.Module):
         """Contribution of input `index` [..., inputs[index]] without bias -> [..., features]."""
         start = sum(self.inputs[:index])
         kernel = self.kernel[start : start + self.inputs[index]].astype(self.dtype)
-        return product(rows(x).astype(self.dtype), kernel).reshape(*x.shape[:-1], self.features)
+        return (rows(x).astype(self.dtype) @ kernel).reshape(*x.shape[:-1], self.features)
 
     def sum_of_parts(self, *xs: Array) -> Array:
         """Maps inputs [..., inputs[i]] -> [..., features], still without bias."""
@@ -207,12 +165,8 @@ class RMSNorm(nn.Module):
         return (x * inverse_rms(x, axes) * scale).astype(self.dtype)
 
 
-@jax.custom_vjp
 def normalised_silu(x: Array, bias: Array, scale: Array) -> Array:
     """`silu(RMSNorm(x + bias))` over the last axis, in float32 whatever the dtype of x.
-
-    Memory bounds all that is elementwise here, not arithmetic. So the backward pass starts from x
-    again and touches as few arrays as it can.
 
     Args:
       x: [N, n], the result of a product.
@@ -222,30 +176,8 @@ def normalised_silu(x: Array, bias: Array, scale: Array) -> Array:
     Returns:
       [N, n] in the dtype of x.
     """
-    return _normalised_silu_forward(x, bias, scale)[0]
-
-
-def _normalised_silu_forward(x: Array, bias: Array, scale: Array) -> tuple[Array, tuple]:
     y = x.astype(jnp.float32) + bias[None]
-    inverse = inverse_rms(y, (-1,))  # [N, 1]
-    return nn.silu(y * inverse * scale[None]).astype(x.dtype), (x, bias, scale, inverse)
-
-
-def _normalised_silu_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array]:
-    x, bias, scale, inverse = residuals
-    y = x.astype(jnp.float32) + bias[None]
-    z = y * inverse * scale[None]
-    sigmoid = nn.sigmoid(z)
-    z_gradient = gradient.astype(jnp.float32) * (sigmoid * (1 + z * (1 - sigmoid)))
-    product = z_gradient * y
-    # The norm's own gradient takes out of each row the part along y.
-    along_y = jnp.matmul(product, scale[:, None], precision='highest')
-    along_y *= jnp.square(inverse) / x.shape[-1]
-    y_gradient = inverse * (z_gradient * scale[None] - y * along_y)
-    return y_gradient.astype(x.dtype), jnp.sum(y_gradient, 0), jnp.sum(product * inverse, 0)
-
-
-normalised_silu.defvjp(_normalised_silu_forward, _normalised_silu_backward)
+    return nn.silu(y * inverse_rms(y, (-1,)) * scale[None]).astype(x.dtype)
 
 
 class Hidden(nn.Module):

@@ -38,28 +38,8 @@ def _pooled(conv: Any, x: Any) -> Any:
     return convolutions.max_pool(conv(x))
 
 
-def _product(x: Any, kernel: Any) -> Any:
-    return x @ kernel
-
-
-def _convolve(x: Any, kernel: Any) -> Any:
-    from dreamerv3_jax.nets import convolutions
-
-    return convolutions._convolve(x, kernel)
-
-
 def _upsampled(conv: Any, x: Any) -> Any:
     return conv(x.repeat(2, 1).repeat(2, 2))
-
-
-def _normalised_silu(x: Any, bias: Any, scale: Any) -> Any:
-    import flax.linen as nn
-    import jax.numpy as jnp
-
-    from dreamerv3_jax.nets.layers import inverse_rms
-
-    y = x.astype(jnp.float32) + bias[None]
-    return nn.silu(y * inverse_rms(y, (-1,)) * scale[None]).astype(x.dtype)
 
 
 def _scan(step: Callable, params: Any, start: Any, inputs: Any) -> Any:
@@ -123,17 +103,6 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
         'nets.convolutions',
         'Conv.upsampled',
         _upsampled,
-    ),
-    "gradients of convolutions' kernels as products": (
-        'nets.convolutions',
-        'convolve',
-        _convolve,
-    ),
-    "gradients of layers' kernels in parts": ('nets.layers', 'product', _product),
-    'hidden layers with a backward pass of their own': (
-        'nets.layers',
-        'normalised_silu',
-        _normalised_silu,
     ),
     "gradients of the scan's parameters in one batch": (
         'rssm',
