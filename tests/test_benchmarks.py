@@ -172,5 +172,5 @@ def test_the_page_on_speed_shows_what_was_measured():
     results = json.loads((folder / 'results.json').read_text())
     assert list(results['cases']) == list(measure.CASES)
     assert measure.table(results) == (folder / 'results.md').read_text()
-    for name in ('results', 'profile_vectors', 'profile_images'):
+    for name in ('results', 'profile_vectors', 'profile_images', 'plain_vectors', 'plain_images'):
         assert (folder / f'{name}.md').read_text() in page
