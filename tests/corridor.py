@@ -88,6 +88,7 @@ def agent(
     action_specs: Any = ACTION_SPECS,
     settings: Any = AGENT_CONFIG,
     mesh: Any = None,
+    acting: None = None,
 ) -> Agent:
     """Builds an `Agent`, or returns the compiled one of before: agents hold no state."""
     if not isinstance(settings, AgentConfig):
