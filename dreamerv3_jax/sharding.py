@@ -91,14 +91,11 @@ def set_apart(devices: Sequence[jax.Device]) -> list[jax.Device]:
     return learning
 
 
-def devices_for(
-    batch_size: int, fsdp: int, devices: Sequence[jax.Device] | None = None
-) -> Sequence[jax.Device]:
-    """All devices, but of those of one CPU only as many as the sequences can be dealt out to.
+def devices_for(batch_size: int, fsdp: int, devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
+    """All of them, but of those of one CPU only as many as the sequences can be dealt out to.
 
     They are cores, see `startup.tune_cpu`, and any number of them does.
     """
-    devices = jax.devices() if devices is None else devices
     if devices[0].platform != 'cpu' or jax.process_count() > 1:
         return devices
     fitting = [n for n in range(1, len(devices) + 1) if n % fsdp == 0 == batch_size % n]

@@ -123,7 +123,9 @@ def test_everything_but_acting_is_done_while_environments_step(run):
         assert len(places) > 10
         for place in places:
             start = place - order[place::-1].index(after)
-            assert 'finish' not in order[start:place]
+            assert not {'finish', 'policy'} & set(order[start + 1 : place])
+    between = ' '.join(order).split('policy')[1:]  # from one choice of actions to the next
+    assert all(text.split('start')[0].count('update') <= 1 for text in between)
 
 
 def test_batches_are_what_was_sampled(run):

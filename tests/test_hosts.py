@@ -114,8 +114,12 @@ def test_a_lost_host_ends_the_others(count, tmp_path, quick_compilation):
             *others, _ = ended(processes)
         for out, err, code in others:
             assert code == 1, out + err
-            # What JAX says, where it notices first, stands above.
-            assert err.splitlines()[-1].startswith('dreamerv3-jax: Another host is gone ('), err
+            *more, sentence = err.splitlines()
+            assert sentence.startswith('dreamerv3-jax: Another host is gone ('), err
+            # JAX speaks above where it notices first: always to one that is no neighbour of the
+            # lost one, and at a checkpoint, whose checksums are missing then.
+            known = ('was taken unchecked', 'JAX distributed service')
+            assert not more or count > 2 or any(text in err for text in known), err
         assert ('Going on at' in others[0][0]) == bool(start)
     check_that_one_goes_on(tmp_path)
 

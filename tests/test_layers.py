@@ -213,6 +213,22 @@ def test_normalised_silu_by_hand():
     np.testing.assert_allclose(result, [[1.4342, 0.8554]], rtol=2e-4)
 
 
+@pytest.mark.parametrize('magnitude', [1e-6, 1e-2, 1.0, 1e6])
+def test_gradient_of_normalised_silu(magnitude):
+    """It is the derivative of the form with a root and a quotient, on both sides of the epsilon."""
+    x, gradient = magnitude * random(7, 5), random(7, 5, seed=1)
+    bias, scale = magnitude * random(5, seed=2), random(5, seed=3)
+
+    def gradients(function):
+        value, backward = jax.vjp(function, x, bias, scale)
+        return value, *backward(gradient)
+
+    for ours, plain in zip(
+        gradients(layers.normalised_silu), gradients(plain_normalised_silu), strict=True
+    ):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
+
+
 def test_normalised_silu_does_not_see_the_length_of_a_row():
     # f(c y) = f(y) far above the epsilon, so the gradient is orthogonal to y, and zeros stay zeros.
     y, scale, zero = random(6, 8), random(8, seed=1), jnp.zeros(8)

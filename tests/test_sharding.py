@@ -204,4 +204,4 @@ def test_a_device_is_set_apart_for_acting():
     [(16, 1, 8), (6, 1, 6), (5, 1, 5), (7, 1, 7), (11, 1, 1), (6, 2, 6), (3, 2, 8)],
 )
 def test_cores_are_used_as_far_as_the_batch_can_be_dealt_out(batch_size, fsdp, count):
-    assert len(sharding.devices_for(batch_size, fsdp)) == count
+    assert len(sharding.devices_for(batch_size, fsdp, jax.devices())) == count
