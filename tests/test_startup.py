@@ -133,6 +133,23 @@ def test_pieces_of_the_heap_are_taken():
     assert tuned(code) == 'True True\n'
 
 
+HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
+
+@pytest.mark.skipif(
+    not HUGE.exists() or '[never]' in HUGE.read_text(), reason='the system has no huge pages'
+)
+def test_buffers_lie_in_huge_pages():
+    code = (
+        'startup.return_memory()\n'
+        'x = bytearray(64_000_000)\n'
+        "for line in open('/proc/self/smaps_rollup'):\n"
+        "    if line.startswith('AnonHugePages:'):\n"
+        '        print(int(line.split()[1]) > 50_000)\n'
+    )
+    assert tuned(code) == 'True\n'
+
+
 LATE = """
 from dreamerv3_jax import startup
 startup.tune_cpu()
