@@ -41,12 +41,9 @@ UPDATES = (
         for kind in ('vectors', 'images 64x64x3', 'images 96x96x3')
     ),
 )
-POLICIES = tuple(
-    f'policy size1m {kind} {count}' for kind in ('vectors', 'images 64x64x3') for count in (1, 16)
-)
 CASES = (
     *UPDATES,
-    *POLICIES,
+    *(f'policy size1m {kind} {n}' for kind in ('vectors', 'images 64x64x3') for n in (1, 16)),
     'replay vectors',
     'replay images 64x64x3',
     'loop size1m vectors',
@@ -130,20 +127,27 @@ def measured_peak() -> float:
     return 2 * 2048**3 / min(times_of(lambda: product(x).block_until_ready(), 10)) / 1e9
 
 
-def measure_update(size: str, kind: str, runs: int) -> dict[str, Any]:
+def times_of_updates(agent: Any, state: Any, runs: int) -> tuple[Any, list[float]]:
+    """The state after updates from one batch, and the seconds that each took."""
     import jax
 
-    from dreamerv3_jax import flops
-
-    agent = make_agent(size, kind)
-    state, batch = agent.init(seed=0), random_batch(agent)
-    operations = flops.count(agent.pure_update, state, batch)
+    batch = random_batch(agent)
 
     def run() -> None:
         nonlocal state
         state, *_ = jax.block_until_ready(agent.update(state, batch))
 
-    return {'seconds': times_of(run, runs), 'gflop': operations / 1e9}
+    seconds = times_of(run, runs)
+    return state, seconds
+
+
+def measure_update(size: str, kind: str, runs: int) -> dict[str, Any]:
+    from dreamerv3_jax import flops
+
+    agent = make_agent(size, kind)
+    state = agent.init(seed=0)
+    operations = flops.count(agent.pure_update, state, random_batch(agent))
+    return {'seconds': times_of_updates(agent, state, runs)[1], 'gflop': operations / 1e9}
 
 
 def measure_policy(size: str, kind: str, count: int, runs: int) -> dict[str, Any]:
@@ -176,19 +180,12 @@ def measure_replay(kind: str, runs: int) -> dict[str, Any]:
     agent, streams = make_agent('size1m', kind), 16
     specs = replay_specs(agent)
     replay = Replay(
-        specs,
-        capacity=100_000,
-        streams=streams,
-        batch_size=16,
-        batch_length=64,
-        online=False,
-        seed=0,
-    )
+        specs, capacity=100_000, streams=streams, batch_size=16, batch_length=64,
+        online=False, seed=0,
+    )  # fmt: skip
     rng = np.random.default_rng(0)
-    step = {
-        name: rng.integers(0, 256, (streams, *shape), np.uint8).astype(dtype)
-        for name, (shape, dtype) in specs.items()
-    }
+    random = {name: rng.integers(0, 256, (streams, *shape)) for name, (shape, _) in specs.items()}
+    step = {name: random[name].astype(dtype) for name, (_, dtype) in specs.items()}
     step |= {name: np.zeros(streams, bool) for name in ('is_first', 'is_last', 'is_terminal')}
     for _ in range(100_000 // streams):
         replay.add(step)
@@ -217,6 +214,7 @@ def free_environment() -> Any:
 
 
 def measure_loop(size: str, runs: int) -> dict[str, Any]:
+    """Seconds of a turn of the loop with one update, and of such an update alone."""
     from dreamerv3_jax import load_config, loop
 
     config = load_config(f'gymnasium:{size}')
@@ -228,10 +226,14 @@ def measure_loop(size: str, runs: int) -> dict[str, Any]:
     ):
         while trainer.counters['updates'] < 5:
             trainer.tick()
-        trainer._timer.restart()
-        seconds = times_of(trainer.tick, runs)
-        shares = trainer._timer.shares()
-    return {'seconds': seconds, 'steps': config.env.num_envs, 'update share': shares['update']}
+        learner = trainer._learner
+        ticks, alone = [], []
+        for _ in range(3):  # by turns, as the machine drifts
+            ticks += times_of(trainer.tick, runs)
+            learner.finish()
+            learner.state, seconds = times_of_updates(trainer._agent, learner.state, runs)
+            alone += seconds
+    return {'seconds': ticks, 'update alone seconds': alone, 'steps': config.env.num_envs}
 
 
 def measure_start(cache: str, runs: int) -> dict[str, Any]:
@@ -303,7 +305,8 @@ def table(results: dict[str, Any]) -> str:
                 )
             if 'steps' in result:
                 cells[0] += f', {result["steps"] / statistics.median(values):.0f} steps/s'
-                cells[0] += f', {result["update share"]:.1%} of the time in updates'
+                alone = statistics.median(result['update alone seconds'])
+                cells[0] += f', {statistics.median(values) / alone:.3f} times its update alone'
             if 'peak gigabytes' in result:
                 cells[4] = f'{result["peak gigabytes"]:.2f} GB'
             if 'later peak gigabytes' in result:
@@ -345,15 +348,11 @@ def measured(case: str, runs: int) -> dict[str, Any]:
 def in_process(case: str, runs: int, **variables: str) -> dict[str, Any]:
     """Measures one case in a process of its own, with these environment variables."""
     command = [sys.executable, '-m', NAME, case, f'--runs={runs}', '--here']
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {**os.environ, **variables}
+    output = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def main() -> None:
