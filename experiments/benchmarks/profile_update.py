@@ -56,7 +56,7 @@ def profile(size: str, kind: str, updates: int) -> tuple[dict[str, Any], dict[st
 
     agent = measure.make_agent(size, kind)
     state, batch = agent.init(seed=0), measure.random_batch(agent)
-    for _ in range(2):
+    for _ in range(10):  # the first ones still use memory that was not used before
         state, *_ = jax.block_until_ready(agent.update(state, batch))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
