@@ -11,7 +11,6 @@ accelerator should hold: float64, calls of the host, and shapes known at run tim
 
 import argparse
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -88,8 +87,10 @@ def main() -> None:
     parser.add_argument('--size', default='size1m')
     parser.add_argument('--kind', default='vectors')
     options = parser.parse_args()
-    # No TPU is looked for; jax may hold the compiler's library more than once.
-    os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+
+    from dreamerv3_jax import startup
+
+    startup.prepare_plan('v5e', 1)
     mesh = one_chip()
     print(f'{options.size} {options.kind}, one TPU v5e:', flush=True)
     for name, left_out in {'as it is': (), 'as written first': tuple(plain.PATCHES)}.items():
