@@ -7,12 +7,14 @@ each other in different places for ever.
 
 import contextlib
 import ctypes
+import errno
 import glob
 import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -49,6 +51,8 @@ def connect(settings: ml_collections.ConfigDict) -> None:
     alone = not _started_together() if settings.count == 0 else settings.count == 1
     if alone or jax.distributed.is_initialized():
         return
+    if settings.count and settings.index == 0:
+        _check_port(settings.coordinator)
     local = re.match(r'localhost:|127\.|\[::1\]:', settings.coordinator)
     # jax aborts a process that it takes for cut off, even one whose Python is about to tell why.
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
@@ -76,6 +80,20 @@ def connect(settings: ml_collections.ConfigDict) -> None:
         raise UserError(_not_found(_one_line(error))) from error
     finally:
         watch.cancel()
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises an error where jax would crash, as another program listens there."""
+    host, _, port = coordinator.rpartition(':')
+    family = socket.AF_INET6 if host.startswith('[') else socket.AF_INET
+    try:
+        socket.create_server((host.strip('[]'), int(port)), family=family).close()
+    except OSError as error:  # jax explains all others
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f'Something listens at {coordinator} already; choose another port in '
+                'config.hosts.coordinator, the same on all hosts.'
+            ) from error
 
 
 def _give_up() -> None:

@@ -1,6 +1,7 @@
 """The training loop: step the environments, act, store, train when it is due, log, checkpoint."""
 
 import contextlib
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,8 @@ class Trainer:
         directory = logdir / 'replay' if config.replay.on_disk else None
         if directory and hosts.count() > 1:
             directory /= f'{hosts.index()}-of-{hosts.count()}'
-        check_memory(specs, capacity, directory)
+        here = hosts.gather(platform.node()).count(platform.node())  # that share this machine
+        check_memory(specs, capacity * here, directory)
         sharding.batch_sharding(mesh, config.replay.batch_size)
         hosts.first(self._create_folder)
         run_folder.check_shared(logdir)
@@ -247,6 +249,8 @@ class Trainer:
             with self._environments():
                 self._records = self._env.reset()
             self._agree()
+            if self._stopped():  # one host may have been told to while it waited
+                return
         records = self._records
         assert records is not None
         with self._timer.section('update'):

@@ -117,8 +117,7 @@ class Planner:
         self.agent = self._make_agent(self.config)
 
     def _make_agent(self, config: ml_collections.ConfigDict) -> Agent:
-        devices = sharding.set_apart(self._devices) if config.mesh.acting else self._devices
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+        mesh, _ = sharding.arrange(config.mesh, config.replay.batch_size, self._devices)
         sharding.batch_sharding(mesh, config.replay.batch_size)
         return Agent(*self.specs, AgentConfig.from_mapping(config.agent.to_dict()), mesh)
 

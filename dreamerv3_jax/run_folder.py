@@ -1,5 +1,6 @@
 """The folder of a run: its settings and spaces, and whether another start may use it."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -150,11 +152,19 @@ def check_nothing_lost(logdir: Path) -> None:
 
 
 def check_hosts(config: ml_collections.ConfigDict) -> None:
-    """Refuses hosts that were not started by the same command.
+    """Refuses hosts that were not started by the same command, or are not alike.
 
     Raises:
       UserError: with the first difference.
     """
+    numbers = collections.Counter(device.process_index for device in jax.devices()).values()
+    if len(set(numbers)) > 1:  # jax could not exchange anything
+        raise hosts.agreed(
+            UserError(
+                f'The hosts have different numbers of devices ({", ".join(map(str, numbers))}); '
+                'let each have as many, on CPUs with JAX_NUM_CPU_DEVICES.'
+            )
+        )
     first, *others = hosts.gather(config.to_dict())
     for index, other in enumerate(others, 1):
         for key, expected, found in _differences(first, other):

@@ -50,26 +50,37 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             f'mesh.data={data} times mesh.fsdp={fsdp} takes {data * fsdp} devices of '
             f'{len(devices)}, but many hosts use all of theirs; leave mesh.data at -1.'
         )
-    return jax.make_mesh(
-        (data, fsdp), ('data', 'fsdp'), (AxisType.Auto,) * 2, devices=devices[: data * fsdp]
-    )
+    axes, devices = ('data', 'fsdp'), devices[: data * fsdp]
+    try:
+        return jax.make_mesh((data, fsdp), axes, (AxisType.Auto,) * 2, devices=devices)
+    except (AssertionError, NotImplementedError, ValueError):
+        # JAX places meshes on whole slices of TPUs, and on the GPUs of one machine; elsewhere the
+        # nearest devices are those with the next numbers.
+        devices = sorted(devices, key=_place)
+        return Mesh(np.asarray(devices).reshape(data, fsdp), axes, axis_types=(AxisType.Auto,) * 2)
 
 
-def arrange(settings: Any, batch_size: int) -> tuple[Mesh, jax.Device | None]:
+def _place(device: jax.Device) -> tuple[int, int, int]:
+    return getattr(device, 'slice_index', None) or 0, device.process_index, device.id
+
+
+def arrange(
+    settings: Any, batch_size: int, devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, jax.Device | None]:
     """The mesh of the devices that learn, and the one of this process that acts only, if one does.
 
     Args:
       settings: `config.mesh`.
       batch_size: sequences of a batch, of all hosts.
+      devices: by default all there are.
 
     Raises:
       UserError: the settings do not fit the devices.
     """
-    devices: Sequence[jax.Device] = jax.devices()
-    acting = None
+    devices, acting = jax.devices() if devices is None else devices, None
     if settings.acting:
+        acting = [device for device in devices if device.process_index == jax.process_index()][-1]
         devices = set_apart(devices)
-        acting = jax.local_devices()[-1]
     if settings.data == -1:
         devices = devices_for(batch_size, settings.fsdp, devices)
     return make_mesh(settings.data, settings.fsdp, devices), acting

@@ -1,6 +1,7 @@
 """Several hosts, which are processes here, train like one, stop together, and go on as another
 number of them."""
 
+import collections
 import contextlib
 import os
 import signal
@@ -250,6 +251,13 @@ def test_other_commands_are_refused(second_of_two):
         run_folder.check_hosts(config)
 
 
+def test_hosts_with_other_numbers_of_devices_are_refused(second_of_two, monkeypatch):
+    Device = collections.namedtuple('Device', 'process_index')
+    monkeypatch.setattr(jax, 'devices', lambda: [Device(0), Device(0), Device(1)])
+    with pytest.raises(UserError, match='different numbers of devices .2, 1.; .*JAX_NUM_CPU'):
+        run_folder.check_hosts(base.get_config('nano'))
+
+
 def test_folders_that_are_not_shared_are_refused(second_of_two, tmp_path):
     second_of_two.append(True)
     with pytest.raises(UserError, match='Host 1 does not see .*; choose a folder that all hosts'):
@@ -301,6 +309,15 @@ def test_hosts_that_cannot_be_found(monkeypatch):
         hosts.connect(settings)
     settings.update(coordinator='', count=1)
     hosts.connect(settings)
+
+
+def test_a_port_that_is_taken_is_refused():
+    """JAX would crash."""
+    settings = base.get_config('nano').hosts
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        settings.update(coordinator=f'127.0.0.1:{server.getsockname()[1]}', count=2)
+        with pytest.raises(UserError, match='Something listens at 127.0.0.1:.* already; choose'):
+            hosts.connect(settings)
 
 
 def test_hosts_that_are_not_there(tmp_path):

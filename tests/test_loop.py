@@ -173,6 +173,20 @@ class Spy:
                         self.latents[name][first + 1 + step][stream] = value[row, step]
 
 
+def test_a_signal_during_a_reset_ends_the_tick(tmp_path, monkeypatch):
+    """Other hosts, who hear of it right after, would else go on without the one that was told."""
+    with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
+        reset = trainer._env.reset
+
+        def told():
+            trainer._interrupts.received.append(signal.SIGTERM)
+            return reset()
+
+        monkeypatch.setattr(trainer._env, 'reset', told)
+        trainer.tick()
+        assert trainer.counters['ticks'] == 0
+
+
 @pytest.mark.medium
 def test_training_ticks(tmp_path, monkeypatch):
     """Parameters, latents and the number of updates are right after every single tick."""

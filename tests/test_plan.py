@@ -209,7 +209,8 @@ def mistake(capsys, *arguments):
 def test_mistakes(capsys, monkeypatch):
     assert 'Name the devices with --topology, as v5e:4x8' in mistake(capsys)
     assert 'did you mean --config.mesh.fsdp?' in mistake(capsys, '--fsdp=2')
-    message = mistake(capsys, '--topology=cpu:8', '--config.replay.batch_size=12')
+    wrong = ('--config.replay.batch_size=12', '--config.mesh.data=8')
+    message = mistake(capsys, '--topology=cpu:8', *wrong)
     assert 'A batch of 12 sequences does not divide among 8 devices' in message
     assert 'mesh.fsdp=3 does not' in mistake(capsys, '--topology=cpu:8', '--config.mesh.fsdp=3')
     assert "no environment 'Nothing-v0'" in mistake(

@@ -1,5 +1,6 @@
 """The same training on one device and on up to eight, however they are arranged."""
 
+import dataclasses
 import functools
 import re
 
@@ -166,6 +167,16 @@ def test_meshes():
     assert dict(sharding.make_mesh(-1, 3, jax.devices()[:6]).shape) == {'data': 2, 'fsdp': 3}
     assert sharding.make_mesh(1, 2).devices.tolist() == [jax.devices()[:2]]
     assert sharding.batch_sharding(sharding.make_mesh(2, 2), 8).spec == P(('data', 'fsdp'))
+
+
+def test_meshes_of_gpus_in_several_machines():
+    """JAX refuses to place them; those of one machine stay next to each other."""
+    names = ('platform', 'device_kind', 'slice_index', 'process_index', 'id')
+    Device = dataclasses.make_dataclass('Device', names, frozen=True)
+    devices = [Device('gpu', 'H100', index // 8, index // 8, index) for index in range(16)]
+    mesh = sharding.make_mesh(-1, 4, devices[8:] + devices[:8])
+    assert mesh.devices.tolist() == [devices[start : start + 4] for start in (0, 4, 8, 12)]
+    assert mesh.axis_names == ('data', 'fsdp')
 
 
 @pytest.mark.parametrize(
