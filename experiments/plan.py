@@ -133,7 +133,8 @@ def row_of(result: Mapping[str, Any]) -> str:
     parts = '' if figures.refused else f'{gib(figures.arguments)} + {gib(figures.temporaries)}'
     exchanged = sum(amount for _, amount in figures.collectives.values())
     cells = [wanted['size'], settings, f'{figures.parameters:,}', parts, gib(figures.peak)]
-    cells += ['yes' if figures.fits else 'no', f'{figures.flops / 1e12:.3g}']
+    cpu = wanted['topology'].startswith('cpu')  # whose memory is what this machine had free
+    cells += ['' if cpu else 'yes' if figures.fits else 'no', f'{figures.flops / 1e12:.3g}']
     cells += ['' if figures.refused else f'{exchanged / 1e6:,.0f}']
     if figures.refused or not figures.seconds:  # CPUs have no published peak
         cells += [''] * 2

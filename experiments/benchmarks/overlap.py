@@ -161,14 +161,14 @@ def table(rows: list[tuple[float, ...]]) -> str:
         f'Measured on {time.strftime("%Y-%m-%d")} with {processor()}, {os.cpu_count()} cores, jax '
         f'{jax.__version__}: `python -m {NAME}`. Milliseconds; shares are of the whole tick.',
         '',
-        "| update | acting | environments | least | tick | the loop's own | accelerator waits |",
-        '|---|---|---|---|---|---|---|',
+        "| update | acting | environments | least | tick | the loop's own | waits | waits or acts |",
+        '|---|---|---|---|---|---|---|---|',
     ]
     for update, acting, stepping, tick in rows:
         least = acting + max(update, stepping)
         times = ' | '.join(f'{1e3 * x:.1f}' for x in (update, acting, stepping, least, tick))
-        waits = 1 - (update + acting) / tick
-        lines.append(f'| {times} | {(tick - least) / tick:.1%} | {waits:.1%} |')
+        shares = [(tick - least) / tick, 1 - (update + acting) / tick, 1 - update / tick]
+        lines.append(f'| {times} | {" | ".join(f"{share:.1%}" for share in shares)} |')
     return '\n'.join(lines) + '\n'
 
 
