@@ -206,6 +206,11 @@ def mistake(capsys, *arguments):
     return captured.err
 
 
+def test_cores_are_used_as_far_as_in_training():
+    planner = plan.Planner(tiny(replay__batch_size=6), topology.parse('cpu:8'))
+    assert planner.agent.mesh.size == 6
+
+
 def test_mistakes(capsys, monkeypatch):
     assert 'Name the devices with --topology, as v5e:4x8' in mistake(capsys)
     assert 'did you mean --config.mesh.fsdp?' in mistake(capsys, '--fsdp=2')
