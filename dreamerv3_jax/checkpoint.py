@@ -196,6 +196,7 @@ class Checkpointer:
 
         reason, steps = '', hosts.first(candidates)
         for step in steps:
+            problem = ''
             try:
                 folder = self._folder / str(step)
                 damage = hosts.first(functools.partial(_damage, folder, with_replay))
@@ -206,7 +207,9 @@ class Checkpointer:
             except (MemoryError, UserError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # of many kinds, by what is damaged
-                reason = _one_line(error)
+                problem = _one_line(error)
+            if problem := next(filter(None, hosts.gather(problem)), ''):  # on any host
+                reason = problem
                 warn(step, f'is damaged and was passed over: {reason}')
                 continue
             for other in steps:

@@ -203,6 +203,13 @@ def test_an_unchecked_checkpoint_that_is_damaged_is_no_traceback(part, folder, c
     assert 'is damaged and was passed over' in caplog.records[0].getMessage()
 
 
+def test_what_another_host_cannot_read_is_passed_over(folder, caplog, monkeypatch):
+    problems = ['Input/output error', '']
+    monkeypatch.setattr(checkpoint.hosts, 'gather', lambda own: [own, problems.pop(0)])
+    assert read(folder).counters['ticks'] == 10 and not problems
+    assert 'passed over: Input/output error' in caplog.records[0].getMessage()
+
+
 @pytest.mark.parametrize(('then', 'now'), [('replay/', 'rerlay/'), ('[', ''), ('1', '2')])
 def test_checksums_that_are_damaged_are_named(then, now, folder, caplog):
     path = folder / '20' / 'checksums.json'
