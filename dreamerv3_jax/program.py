@@ -49,7 +49,7 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = parse(text)
     shapes = {x.name: x.shape for instructions in computations.values() for x in instructions}
     found: dict[str, Collective] = {}
-    for name, times in _runs(computations, entry):
+    for name, times in runs(computations, entry):
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix('-done')
             if kind not in KINDS:
@@ -91,7 +91,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def _runs(
+def runs(
     computations: dict[str, list[Instruction]], entry: str
 ) -> Iterator[tuple[str, int | None]]:
     """Yields each computation that runs, with how often; None where nobody knows."""

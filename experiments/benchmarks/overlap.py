@@ -161,7 +161,7 @@ def table(rows: list[tuple[float, ...]]) -> str:
         f'Measured on {time.strftime("%Y-%m-%d")} with {processor()}, {os.cpu_count()} cores, jax '
         f'{jax.__version__}: `python -m {NAME}`. Milliseconds; shares are of the whole tick.',
         '',
-        "| update | acting | environments | least | tick | the loop's own | waits | waits or acts |",
+        "| update | acting | environments | least | tick | the loop's own | waits | or acts |",
         '|---|---|---|---|---|---|---|---|',
     ]
     for update, acting, stepping, tick in rows:
