@@ -93,7 +93,9 @@ def main() -> None:
 def made() -> str:
     """When, where and with what a case was compiled."""
     versions = [f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu')]
-    return f'{datetime.date.today()}, {", ".join(versions)}, on an {processor()}'
+    command = ['git', '-C', str(FOLDER), 'rev-parse', '--short', 'HEAD']
+    commit = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return f'{datetime.date.today()}, commit {commit}, {", ".join(versions)}, on an {processor()}'
 
 
 def page(results: list[dict[str, Any]]) -> str:
@@ -104,7 +106,7 @@ def page(results: list[dict[str, Any]]) -> str:
     lines = [
         '# Plans of all sizes',
         '',
-        f'Written by `python -m {NAME}`: {", ".join(sorted({x["made"] for x in results}))}.',
+        f'Written by `python -m {NAME}`: {"; ".join(sorted({x["made"] for x in results}))}.',
         'Observation: a 64x64x3 picture; 17 actions; sequences of 64 steps. Memory is that of a '
         'device, operations are those of all;',
         'times and steps (train ratio 256) are estimates, as `dreamerv3-jax plan` explains them.',
