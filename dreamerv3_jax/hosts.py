@@ -7,19 +7,18 @@ each other in different places for ever.
 
 import contextlib
 import ctypes
-import errno
 import glob
 import importlib.util
 import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -84,16 +83,15 @@ def connect(settings: ml_collections.ConfigDict) -> None:
 
 def _check_port(coordinator: str) -> None:
     """Raises an error where jax would crash, as another program listens there."""
-    host, _, port = coordinator.rpartition(':')
-    family = socket.AF_INET6 if host.startswith('[') else socket.AF_INET
-    try:
-        socket.create_server((host.strip('[]'), int(port)), family=family).close()
-    except OSError as error:  # jax explains all others
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f'Something listens at {coordinator} already; choose another port in '
-                'config.hosts.coordinator, the same on all hosts.'
-            ) from error
+    port = f'{int(coordinator.rpartition(":")[2]):04X}'
+    for path in glob.glob('/proc/net/tcp*'):  # Linux
+        for line in Path(path).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if state == '0A' and local.endswith(f':{port}'):  # listens
+                raise UserError(
+                    f'Something listens at the port of {coordinator} already; choose another one '
+                    'in config.hosts.coordinator, the same on all hosts.'
+                )
 
 
 def _give_up() -> None:

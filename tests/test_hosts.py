@@ -316,7 +316,9 @@ def test_a_port_that_is_taken_is_refused():
     settings = base.get_config('nano').hosts
     with socket.create_server(('127.0.0.1', 0)) as server:
         settings.update(coordinator=f'127.0.0.1:{server.getsockname()[1]}', count=2)
-        with pytest.raises(UserError, match='Something listens at 127.0.0.1:.* already; choose'):
+        with pytest.raises(
+            UserError, match='Something listens at the port of 127.0.0.1:.*; choose'
+        ):
             hosts.connect(settings)
 
 
