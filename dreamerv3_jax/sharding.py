@@ -77,7 +77,8 @@ def arrange(
     Raises:
       UserError: the settings do not fit the devices.
     """
-    devices, acting = jax.devices() if devices is None else devices, None
+    acting = None
+    devices = jax.devices() if devices is None else devices
     if settings.acting:
         acting = [device for device in devices if device.process_index == jax.process_index()][-1]
         devices = set_apart(devices)

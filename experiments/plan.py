@@ -76,7 +76,7 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(json.loads(options.case))))
         return
-    path = FOLDER / 'plan.json'
+    path, how = FOLDER / 'plan.json', made()
     results = json.loads(path.read_text()) if path.exists() else []
     for wanted in cases():
         if any(result['case'] == wanted for result in results):
@@ -85,7 +85,7 @@ def main() -> None:
         command = [sys.executable, '-m', NAME, '--case', json.dumps(wanted)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         figures = json.loads(output.splitlines()[-1])
-        results.append({'case': wanted, 'figures': figures, 'made': made()})
+        results.append({'case': wanted, 'figures': figures, 'made': how})
         path.write_text(json.dumps(results, indent=1) + '\n')
         (FOLDER / 'plan.md').write_text(page(results))
 

@@ -16,10 +16,7 @@ from dreamerv3_jax import program
 from experiments.benchmarks import measure, plain, roofline
 
 # Operations that move nothing, or whose inside is counted.
-FREE = (
-    *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast'),
-    *('while', '-start', '-done'),
-)
+FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while'}
 UNWANTED = {
     'float64': r'\bf64\[',
     'calls of the host': r'\b(infeed|outfeed|send|recv|custom-call[^\n]*callback)\(',
@@ -63,8 +60,11 @@ def bytes_accessed(text: str) -> int:
             continue
         if times is None:
             raise ValueError(f'How often does {name} run?')
-        kinds = [x for x in computations[name] if not x.opcode.endswith(FREE)]
-        total += times * sum(costs[x.name].size for x in kinds)
+        for instruction in computations[name]:
+            if instruction.opcode.endswith('-done'):  # with its start, one read and one write
+                total += times * 2 * program.array_bytes(instruction.shape)
+            elif instruction.opcode not in FREE and not instruction.opcode.endswith('-start'):
+                total += times * costs[instruction.name].size
     return total
 
 

@@ -282,7 +282,7 @@ def table(results: dict[str, Any]) -> str:
     """Markdown of all results."""
     lines = [
         f'Measured on {results["date"]} with {results["machine"]}, Python {results["python"]}, '
-        f'jax {results["jax"]}: `python -m experiments.benchmarks.measure`.',
+        f'jax {results["jax"]}: `python -m {NAME} --runs={results["runs"]}`.',
         '',
         '| what | median (least - greatest) | GFLOP | share of peak | peak memory |',
         '|---|---|---|---|---|',
@@ -382,6 +382,7 @@ def main() -> None:
         'machine': f'{processor()}, {os.cpu_count()} cores',
         'python': platform.python_version(),
         'jax': importlib.metadata.version('jax'),
+        'runs': options.runs,
         'cases': cases,
     }
     for case in chosen:
