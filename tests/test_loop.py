@@ -173,6 +173,14 @@ class Spy:
                         self.latents[name][first + 1 + step][stream] = value[row, step]
 
 
+def test_hosts_of_one_machine_need_its_memory_together(tmp_path, monkeypatch):
+    checked, config = [], counter_config()
+    monkeypatch.setattr(loop, 'check_memory', lambda _, capacity, __: checked.append(capacity))
+    monkeypatch.setattr(loop.hosts, 'gather', lambda own: [own, own])
+    with Trainer(config, tmp_path, 'tiny'):
+        assert checked == [2 * config.replay.capacity]
+
+
 def test_a_signal_during_a_reset_ends_the_tick(tmp_path, monkeypatch):
     """Other hosts, who hear of it right after, would else go on without the one that was told."""
     with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
