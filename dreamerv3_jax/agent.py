@@ -59,7 +59,12 @@ class Agent:
             config if isinstance(config, AgentConfig) else AgentConfig.from_mapping(config)
         )
         self.mesh, self.acting = mesh or sharding.make_mesh(data=1), acting
-        self.networks = make_networks(self.observation_specs, self.action_specs, self.config)
+        self.networks = make_networks(
+            self.observation_specs,
+            self.action_specs,
+            self.config,
+            platform=self.mesh.devices.flat[0].platform,
+        )
         self._optimizer = make_optimizer(self.config)
         self.pure_update = functools.partial(
             update.update,

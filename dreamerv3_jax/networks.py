@@ -78,8 +78,16 @@ def make_networks(
     observation_specs: Mapping[str, ArraySpec],
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
+    platform: str | None = None,
 ) -> Networks:
-    """Builds all networks for the given spaces; nothing is allocated."""
+    """Builds all networks for the given spaces; nothing is allocated.
+
+    Args:
+      observation_specs: of the observation.
+      action_specs: of the action.
+      config: settings.
+      platform: of the devices, such as 'cpu', by default JAX's own; results do not depend on it.
+    """
     dtype = compute_dtype(config)
     stoch = config.stoch * config.classes
     state = (config.deter, stoch)
@@ -97,6 +105,7 @@ def make_networks(
                 stoch=config.stoch,
                 classes=config.classes,
                 blocks=config.blocks,
+                blocks_axis=0 if (platform or jax.default_backend()) == 'cpu' else 1,
                 action=sum(flat_size(spec) for spec in action_specs.values()),
                 tokens=encoder.tokens,
                 prior_layers=config.prior_layers,

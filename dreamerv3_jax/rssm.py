@@ -45,6 +45,11 @@ def _mask(keep: Array, x: Array) -> Array:
     return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
 
+def recompute(function: Callable) -> Callable:
+    """A function whose gradient computes what is inside again, so that a scan keeps inputs only."""
+    return jax.checkpoint(function, prevent_cse=False)
+
+
 def sample_latent(log_probs: Array, uniform: Array | None, dtype: jnp.dtype) -> Array:
     """Samples one-hot groups [..., S, C] with straight-through gradients.
 
@@ -89,9 +94,15 @@ def observe_step(
     """
     deter, stoch = (_mask(~is_first, x) for x in latent)
     deter = dynamics(params, deter, flat(stoch), action, method='sequence')
-    logits = dynamics(params, deter, tokens, method='posterior')
-    log_posterior = distributions.unimix(logits, unimix)
-    return Latent(deter, sample_latent(log_posterior, uniform, deter.dtype)), log_posterior
+    logits = flat(dynamics(params, deter, tokens, method='posterior'))
+    shape = (*logits.shape[:-1], *latent.stoch.shape[-2:])
+
+    def sample(logits: Array, uniform: Array | None) -> tuple[Array, Array]:
+        log_posterior = distributions.unimix(logits.reshape(shape), unimix)
+        return sample_latent(log_posterior, uniform, deter.dtype), log_posterior
+
+    stoch, log_posterior = recompute(sample)(logits, uniform)
+    return Latent(deter, stoch), log_posterior
 
 
 def embed_previous_action(
@@ -102,7 +113,6 @@ def embed_previous_action(
     return dynamics(params, kept, method='embed_action')
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_with_batched_gradients(
     step: Callable[[Params, Any, Any], tuple[Any, Any]], params: Params, start: Any, inputs: Any
 ) -> tuple[Any, Any]:
@@ -113,6 +123,9 @@ def scan_with_batched_gradients(
     Here the backward scan carries states only. With the total gradient of every state in hand, the
     steps no longer depend on each other, and one step over T * N rows gives the same gradients.
 
+    What is kept of every step has one axis behind N, as accelerators fill the last axis of an array
+    up to 128 numbers.
+
     Args:
       step: maps parameters, a state and inputs, each [N, ...], to the next state and an output.
       params: of the step.
@@ -122,8 +135,23 @@ def scan_with_batched_gradients(
     Returns:
       The states after every step and the outputs, [T, N, ...].
     """
-    states, outputs = _scan(step, params, start, inputs, None)
-    return states, outputs
+    shapes = jax.eval_shape(step, params, start, jax.tree.map(lambda x: x[0], inputs))
+
+    def shaped(xs: Any, like: Any) -> Any:
+        return jax.tree.map(lambda x, y: x.reshape(*x.shape[:-1], *y.shape[1:]), xs, like)
+
+    def flattened(xs: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], -1), xs)
+
+    def flat_step(params: Params, state: Any, inputs: Any) -> tuple[Any, Any]:
+        return flattened(step(params, shaped(state, shapes[0]), inputs))
+
+    return shaped(_scan_flat(flat_step, params, flattened(start), inputs), shapes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan_flat(step: Callable, params: Params, start: Any, inputs: Any) -> tuple[Any, Any]:
+    return _scan(step, params, start, inputs, None)
 
 
 def _scan(step: Callable, params: Params, start: Any, inputs: Any, offsets: Any) -> tuple[Any, Any]:
@@ -157,7 +185,7 @@ def _scan_backward(step: Callable, residuals: tuple, gradients: tuple) -> tuple[
     return params_gradient, start_gradient, inputs_gradient
 
 
-scan_with_batched_gradients.defvjp(_scan_forward, _scan_backward)
+_scan_flat.defvjp(_scan_forward, _scan_backward)
 
 
 def observe(

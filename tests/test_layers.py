@@ -103,29 +103,32 @@ def dense_blocks(kernel):
     return dense
 
 
+@pytest.mark.parametrize('axis', [0, 1])
 @pytest.mark.parametrize(
     ('blocks', 'inputs', 'features'), [(1, 3, 4), (2, 6, 4), (4, 8, 12), (8, 8, 8)]
 )
-def test_block_linear_is_a_dense_block_matrix(blocks, inputs, features):
-    module, x = BlockLinear(inputs, features, blocks), random(5, inputs)
-    params = randomised(module, layers.to_blocks(x, blocks))
-    result = module.apply(params, layers.to_blocks(x, blocks))
-    assert result.shape == (blocks, 5, features // blocks)
+def test_block_linear_is_a_dense_block_matrix(blocks, inputs, features, axis):
+    module, x = BlockLinear(inputs, features, blocks, axis), random(5, inputs)
+    params = randomised(module, layers.to_blocks(x, blocks, axis))
+    result = module.apply(params, layers.to_blocks(x, blocks, axis))
+    assert result.shape[axis] == blocks
+    assert result.shape[2] == features // blocks
     dense = dense_blocks(np.asarray(params['params']['kernel']))
-    close(layers.from_blocks(result), x @ dense + params['params']['bias'][None])
+    close(layers.from_blocks(result, axis), x @ dense + params['params']['bias'][None])
 
 
-def test_every_block_sees_the_shared_input():
+@pytest.mark.parametrize('axis', [0, 1])
+def test_every_block_sees_the_shared_input(axis):
     blocks, own, shared, features = 4, 3, 5, 8
-    module = BlockLinear(blocks * (own + shared), features, blocks)
+    module = BlockLinear(blocks * (own + shared), features, blocks, axis)
     x, more = random(6, blocks * own), random(6, shared, seed=1)
-    params = randomised(module, layers.to_blocks(x, blocks), more)
-    result = module.apply(params, layers.to_blocks(x, blocks), more)
+    params = randomised(module, layers.to_blocks(x, blocks, axis), more)
+    result = module.apply(params, layers.to_blocks(x, blocks, axis), more)
     # The plain form: each block's own slice and a copy of the shared input, side by side.
     slices = [x[:, g * own : (g + 1) * own] for g in range(blocks)]
     whole = jnp.concatenate([jnp.concatenate([piece, more], -1) for piece in slices], -1)
     dense = dense_blocks(np.asarray(params['params']['kernel']))
-    close(layers.from_blocks(result), whole @ dense + params['params']['bias'][None])
+    close(layers.from_blocks(result, axis), whole @ dense + params['params']['bias'][None])
 
 
 def test_blocks_by_hand():
@@ -133,6 +136,9 @@ def test_blocks_by_hand():
     blocks = layers.to_blocks(x, 2)
     assert blocks.tolist() == [[[1, 2], [5, 6]], [[3, 4], [7, 8]]]
     assert layers.from_blocks(blocks).tolist() == x.tolist()
+    rows = layers.to_blocks(x, 2, axis=1)
+    assert rows.tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
+    assert layers.from_blocks(rows, axis=1).tolist() == x.tolist()
 
 
 # Normalisation.
@@ -176,11 +182,12 @@ def test_rms_norm_is_computed_in_float32():
     np.testing.assert_array_equal(result, expected.astype(jnp.bfloat16))
 
 
-def test_rms_norm_over_blocks():
+@pytest.mark.parametrize('axis', [0, 1])
+def test_rms_norm_over_blocks(axis):
     x, module = random(5, 12), RMSNorm(12)
     params = {'params': {'scale': random(12, seed=2)}}
-    blocks = module.apply(params, layers.to_blocks(x, 4), method='over_blocks')
-    close(layers.from_blocks(blocks), module.apply(params, x))
+    blocks = module.apply(params, layers.to_blocks(x, 4, axis), axis, method='over_blocks')
+    close(layers.from_blocks(blocks, axis), module.apply(params, x))
     close(module.apply(params, x), rms_norm(x) * params['params']['scale'][None])
 
 

@@ -90,12 +90,14 @@ def plain_sequence(deter, stoch, action, params):
     return np.concatenate(result, -1)
 
 
-def test_cell_is_its_plain_form():
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_cell_is_its_plain_form(platform):
     params = parameters()['dynamics']
+    dynamics = make_networks(OBSERVATION_SPECS, ACTION_SPECS, CONFIG, platform).dynamics
     deter, stoch, action, tokens = (
         np.asarray(random(3, n, seed=n), np.float64) for n in (D, S * C, A, TOKENS)
     )
-    deter_after, prior, posterior = networks().dynamics(
+    deter_after, prior, posterior = dynamics(
         params, *map(jnp.float32, (deter, stoch, action, tokens))
     )
     expected = plain_sequence(deter, stoch, action, params)

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
             channels = [self.depth * multiple for multiple in reversed(STAGES)]
             self.map_shape = (height // 16, width // 16, channels[0])
             cells = self.map_shape[0] * self.map_shape[1] * channels[0]
-            self.from_deter = BlockLinear(self.deter, cells, self.blocks, self.dtype)
+            self.from_deter = BlockLinear(self.deter, cells, self.blocks, dtype=self.dtype)
             self.from_stoch_hidden = Hidden((self.stoch,), 2 * self.units, self.dtype)
             self.from_stoch = Linear((2 * self.units,), cells, dtype=self.dtype)
             self.map_norm = RMSNorm(channels[0], self.dtype)

@@ -89,11 +89,19 @@ class BlockLinear(nn.Module):
 
     The kernel is [blocks, inputs / blocks, features / blocks]; its initial width follows from the
     whole input, as in the published code, not from one block's.
+
+    Attributes:
+      inputs: width of the input.
+      features: width of the output.
+      blocks: G.
+      axis: of the blocks, see `to_blocks`.
+      dtype: of the product.
     """
 
     inputs: int
     features: int
     blocks: int
+    axis: int = 0
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
@@ -103,38 +111,43 @@ class BlockLinear(nn.Module):
         self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
 
     def __call__(self, x: Array, shared: Array | None = None) -> Array:
-        """Maps `x` [G, N, own] block by block -> [G, N, features / G].
+        """Maps `x` [G, N, own] block by block -> [G, N, features / G]; or [N, G, ...], see `axis`.
 
         Args:
-          x: [G, N, own], see `to_blocks`. Blocks lead, so that every product and everything
-            elementwise after it runs over contiguous memory.
+          x: from `to_blocks`.
           shared: [N, m], the further input that every block sees whole, so that
             `G * (own + m) == inputs`; the rows of a block's kernel are its slice of `x`, then
             `shared`.
         """
         own = x.shape[-1]
         kernel = self.kernel.astype(self.dtype)
-        batched = (((2,), (1,)), ((0,), (0,)))
+        batched = (((2,), (1,)), ((self.axis,), (0,)))
         out = jax.lax.dot_general(x.astype(self.dtype), kernel[:, :own], batched)
+        out = jnp.moveaxis(out, 0, self.axis)
         bias = self.bias.astype(self.dtype)
         if shared is None:
-            return out + bias.reshape(self.blocks, 1, -1)
+            return out + jnp.expand_dims(bias.reshape(self.blocks, -1), 1 - self.axis)
         dense = kernel[:, own:].transpose(1, 0, 2).reshape(shared.shape[-1], self.features)
-        return out + to_blocks(shared.astype(self.dtype) @ dense + bias[None], self.blocks)
+        shared = shared.astype(self.dtype) @ dense + bias[None]
+        return out + to_blocks(shared, self.blocks, self.axis)
 
 
-def to_blocks(x: Array, blocks: int) -> Array:
-    """[N, D] -> [G, N, D / G]."""
-    return x.reshape(x.shape[0], blocks, -1).transpose(1, 0, 2)
+def to_blocks(x: Array, blocks: int, axis: int = 0) -> Array:
+    """[N, D] -> [G, N, D / G], or [N, G, D / G] with `axis` 1.
+
+    With the blocks first, every product and everything elementwise after it runs over contiguous
+    memory, which a CPU needs. An accelerator is spared the copies that it takes.
+    """
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1), 1, axis)
 
 
-def from_blocks(x: Array) -> Array:
+def from_blocks(x: Array, axis: int = 0) -> Array:
     """Inverse of `to_blocks`: [G, N, D / G] -> [N, D].
 
     A transposition would be fused with the arithmetic before it, which on CPU then runs number by
     number over strided memory; a concatenation is not.
     """
-    return jnp.concatenate(list(x), -1)
+    return jnp.concatenate(list(x), -1) if axis == 0 else x.reshape(x.shape[0], -1)
 
 
 def inverse_rms(x: Array, axes: tuple[int, ...]) -> Array:
@@ -156,9 +169,10 @@ class RMSNorm(nn.Module):
         """Normalises [..., features]; the epsilon 1e-4 stands inside the root."""
         return self._normalise(x, (-1,), along_last(self.scale, x))
 
-    def over_blocks(self, x: Array) -> Array:
-        """Normalises [G, N, features / G] over all features of each row."""
-        return self._normalise(x, (0, 2), self.scale.reshape(x.shape[0], 1, -1))
+    def over_blocks(self, x: Array, axis: int = 0) -> Array:
+        """Normalises [G, N, features / G], see `to_blocks`, over all features of each row."""
+        scale = jnp.expand_dims(self.scale.reshape(x.shape[axis], -1), 1 - axis)
+        return self._normalise(x, (axis, 2), scale)
 
     def _normalise(self, x: Array, axes: tuple[int, ...], scale: Array) -> Array:
         x = x.astype(jnp.float32)

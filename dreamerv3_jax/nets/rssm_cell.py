@@ -4,6 +4,8 @@ Paper, "World model" and extended data; the parts are separate methods so that w
 depend on the recurrence (tokens, actions, priors) can be computed for a whole sequence at once.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -28,6 +30,7 @@ class RSSMCell(nn.Module):
       stoch: S.
       classes: C.
       blocks: G.
+      blocks_axis: 0 or 1, see `to_blocks`.
       action: A, width of the flat action.
       tokens: width of the encoder's output.
       prior_layers: hidden layers of the prior.
@@ -40,6 +43,7 @@ class RSSMCell(nn.Module):
     stoch: int
     classes: int
     blocks: int
+    blocks_axis: int
     action: int
     tokens: int
     prior_layers: int
@@ -49,14 +53,15 @@ class RSSMCell(nn.Module):
     def setup(self) -> None:
         """Creates all layers."""
         width, groups = self.hidden, self.stoch * self.classes
+        block_linear = functools.partial(
+            BlockLinear, blocks=self.blocks, axis=self.blocks_axis, dtype=self.dtype
+        )
         self.deter_in = Hidden((self.deter,), width, self.dtype)
         self.stoch_in = Hidden((groups,), width, self.dtype)
         self.action_in = Hidden((self.action,), width, self.dtype)
-        self.recurrent = BlockLinear(
-            self.deter + self.blocks * 3 * width, self.deter, self.blocks, self.dtype
-        )
+        self.recurrent = block_linear(self.deter + self.blocks * 3 * width, self.deter)
         self.recurrent_norm = RMSNorm(self.deter, self.dtype)
-        self.gates = BlockLinear(self.deter, 3 * self.deter, self.blocks, self.dtype)
+        self.gates = block_linear(self.deter, 3 * self.deter)
         self.prior_hidden = MLP((self.deter,), self.prior_layers, width, self.dtype)
         self.prior_logits = Linear((width,), groups, dtype=self.dtype)
         self.posterior_first = Hidden((self.deter, self.tokens), width, self.dtype)
@@ -90,12 +95,13 @@ class RSSMCell(nn.Module):
           [N, D].
         """
         shared = jnp.concatenate([self.deter_in(deter), self.stoch_in(stoch), action], -1)
-        blocks = to_blocks(deter, self.blocks)
-        x = nn.silu(self.recurrent_norm.over_blocks(self.recurrent(blocks, shared)))
+        axis = self.blocks_axis
+        blocks = to_blocks(deter, self.blocks, axis)
+        x = nn.silu(self.recurrent_norm.over_blocks(self.recurrent(blocks, shared), axis))
         reset, candidate, update = jnp.split(self.gates(x), 3, -1)
         candidate = jnp.tanh(nn.sigmoid(reset) * candidate)
         update = nn.sigmoid(update - 1)
-        return from_blocks(update * candidate + (1 - update) * blocks)
+        return from_blocks(update * candidate + (1 - update) * blocks, axis)
 
     def prior(self, deter: Array) -> Array:
         """Logits [..., S, C] float32 of the latent as predicted from `deter` [..., D] alone."""

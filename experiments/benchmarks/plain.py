@@ -109,6 +109,7 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
         'scan_with_batched_gradients',
         _scan,
     ),
+    'samples computed again for their gradients': ('rssm', 'recompute', lambda function: function),
     'blocks of the recurrent model first': ('nets.rssm_cell', 'RSSMCell.sequence', _sequence),
     'maxima of halves': ('distributions', 'largest', _largest),
     'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
