@@ -9,8 +9,9 @@ an accelerator would. It begins when acting is done, as an accelerator does one 
 other. There is one update for each tick.
 
 A tick can take no less than acting and then the longer of update and environments. Acting is timed
-in the loop, as a processor that has waited for an update is slower than one that acts all the time;
-the other two alone, in the same process. What a tick takes beyond that is the loop's own: to store,
+in the loop, as a processor that has waited for an update is slower than one that acts all the time,
+from when the policy is started until its actions are there; the other two alone, in the same
+process. What a tick takes beyond that is the loop's own: to store,
 to draw and send a batch, to write latents back, to count. Of each there is the median.
 """
 
@@ -131,13 +132,13 @@ def run(ticks: int) -> list[tuple[float, ...]]:
             start = time.perf_counter()
             with section(name):
                 yield
-            if name == 'policy':
-                acting.append(time.perf_counter() - start)
+            if name == 'policy':  # twice in a tick: to start it, and to wait for its actions
+                acting.extend((start, time.perf_counter()))
 
         def tick() -> None:
             acting.clear()
             trainer.tick()
-            acted.append(sum(acting))
+            acted.append(acting[-1] - acting[0])
 
         trainer._timer.section = timed
         for seconds[0] in UPDATES:
