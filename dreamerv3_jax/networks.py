@@ -86,7 +86,8 @@ def make_networks(
       observation_specs: of the observation.
       action_specs: of the action.
       config: settings.
-      platform: of the devices, such as 'cpu', by default JAX's own; results do not depend on it.
+      platform: of the devices, such as 'cpu', by default JAX's own. It decides how arrays lie
+        in memory; results differ by rounding only.
     """
     dtype = compute_dtype(config)
     stoch = config.stoch * config.classes

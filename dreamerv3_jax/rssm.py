@@ -123,8 +123,8 @@ def scan_with_batched_gradients(
     Here the backward scan carries states only. With the total gradient of every state in hand, the
     steps no longer depend on each other, and one step over T * N rows gives the same gradients.
 
-    What is kept of every step has one axis behind N, as accelerators fill the last axis of an array
-    up to 128 numbers.
+    States and outputs are kept with one axis behind N, as TPUs fill the last axis of an array up to
+    128 numbers.
 
     Args:
       step: maps parameters, a state and inputs, each [N, ...], to the next state and an output.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_agent import ACTION_SPECS, CONFIG, OBSERVATION_SPECS, config, networks, parameters
 
-from dreamerv3_jax import rssm
+from dreamerv3_jax import distributions, rssm
 from dreamerv3_jax.networks import make_networks
 from dreamerv3_jax.types import Latent, StoredLatent
 
@@ -199,11 +199,15 @@ def test_batched_gradients_by_hand():
     assert [x.tolist() for x in gradients] == [7, [9], [[3], [1]]]
 
 
-def test_batched_gradients_are_those_of_a_scan(monkeypatch):
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_batched_gradients_are_those_of_a_scan(platform, monkeypatch):
     """Of every parameter, state and input, whatever the weights of states and outputs."""
+    dynamics = make_networks(OBSERVATION_SPECS, ACTION_SPECS, CONFIG, platform).dynamics
 
     def loss(start, action, tokens, params):
-        result = observe.__wrapped__(start, action, tokens, inputs()[3], params)
+        result = rssm.observe(
+            dynamics, params['dynamics'], start, action, tokens, inputs()[3], None, **UNIMIX
+        )
         parts = jax.tree.leaves(result)
         return sum(jnp.sum(random(*x.shape, seed=i) * x) for i, x in enumerate(parts))
 
@@ -222,6 +226,18 @@ def test_batched_gradients_are_those_of_a_scan(monkeypatch):
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), batched, plain
     )
+
+
+def test_recomputing_keeps_inputs_only():
+    def kept(function):
+        backward = jax.eval_shape(lambda x: jax.vjp(function, x)[1], random(2, C))
+        return [x.shape for x in jax.tree.leaves(backward) if x.shape == (2, C)]
+
+    def probabilities(logits):
+        return jnp.exp(distributions.unimix(logits, 0.01))
+
+    assert len(kept(probabilities)) > 1
+    assert len(kept(rssm.recompute(probabilities))) == 1
 
 
 # Resets.
@@ -356,9 +372,11 @@ def test_stored_latents_come_back():
     assert restored.stoch.argmax() == 95 and restored.stoch.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_scans_carry_the_compute_dtype(dtype):
-    dynamics = make_networks(OBSERVATION_SPECS, ACTION_SPECS, config(compute_dtype=dtype)).dynamics
+def test_scans_carry_the_compute_dtype(dtype, platform):
+    settings = config(compute_dtype=dtype)
+    dynamics = make_networks(OBSERVATION_SPECS, ACTION_SPECS, settings, platform).dynamics
     start, action, tokens, is_first = jax.eval_shape(inputs)
     start = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), start)
     tokens = jax.ShapeDtypeStruct(tokens.shape, dtype)

@@ -136,13 +136,13 @@ def to_blocks(x: Array, blocks: int, axis: int = 0) -> Array:
     """[N, D] -> [G, N, D / G], or [N, G, D / G] with `axis` 1.
 
     With the blocks first, every product and everything elementwise after it runs over contiguous
-    memory, which a CPU needs. An accelerator is spared the copies that it takes.
+    memory, which a CPU needs; the transposition takes a copy, of which accelerators gain nothing.
     """
     return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1), 1, axis)
 
 
 def from_blocks(x: Array, axis: int = 0) -> Array:
-    """Inverse of `to_blocks`: [G, N, D / G] -> [N, D].
+    """Inverse of `to_blocks`: [G, N, D / G], or [N, G, D / G] with `axis` 1, -> [N, D].
 
     A transposition would be fused with the arithmetic before it, which on CPU then runs number by
     number over strided memory; a concatenation is not.

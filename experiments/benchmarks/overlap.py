@@ -9,21 +9,22 @@ an accelerator would. It begins when acting is done, as an accelerator does one 
 other. There is one update for each tick.
 
 A tick can take no less than acting and then the longer of update and environments. Acting is timed
-in the loop, as a processor that has waited for an update is slower than one that acts all the time,
-from when the policy is started until its actions are there; the other two alone, in the same
-process. What a tick takes beyond that is the loop's own: to store,
-to draw and send a batch, to write latents back, to count. Of each there is the median.
+in the loop, as a processor that has waited for an update is slower than one that acts all the time:
+from when the policy is called until its actions are there, which a thread waits for. The other two
+are timed alone, in the same process; the update from when the actions are there, as it was started
+before. What a tick takes beyond that is the loop's own: to store, to draw and send a batch, to
+write latents back, to count. Of each there is the median.
 """
 
 import argparse
-import contextlib
+import concurrent.futures
 import os
 import pathlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks import measure
@@ -66,7 +67,13 @@ def make_agent_class(seconds: list[float]) -> type:
         time.sleep(seconds[0])
         return np.int32(updates + 1)
 
+    def seconds_since(start: float, awaited: Any) -> float:
+        jax.block_until_ready(awaited)
+        return time.perf_counter() - start
+
     class Asleep(Agent):
+        waiter = concurrent.futures.ThreadPoolExecutor(1)
+
         def compile_update(self, batch_size: int, batch_length: int) -> None:
             shape = (batch_size, batch_length)
 
@@ -78,23 +85,32 @@ def make_agent_class(seconds: list[float]) -> type:
                 metrics = {'optimizer/skipped': 0.0 * updates}
                 return updates, StoredLatent(deter, stoch.astype(np.uint8)), metrics
 
-            self._asleep = jax.jit(update)
+            self.asleep = jax.jit(update)
 
         def policy(self, *arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
             acted = super().policy(*arguments, **named)
-            self._acted = acted[1]
+            self.acted = acted[1]
+            self.acting_took = self.waiter.submit(seconds_since, start, self.acted)
             return acted
 
         def update(self, state: Any, batch: Any) -> Any:
-            updates, latents, metrics = self._asleep(state.updates, self._acted)
+            updates, latents, metrics = self.asleep(state.updates, self.acted)
             return state.replace(updates=updates), latents, metrics
 
     return Asleep
 
 
-def medians(function: Any, count: int) -> float:
-    """Median of the seconds that calls take, after some that warm up."""
-    return statistics.median(measure.times_of(function, count + 5)[5:])
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def median(seconds: Callable[[], float], count: int) -> float:
+    """Median of the seconds that calls return, after some that warm up."""
+    return statistics.median([seconds() for _ in range(count + 5)][5:])
 
 
 def run(ticks: int) -> list[tuple[float, ...]]:
@@ -117,40 +133,34 @@ def run(ticks: int) -> list[tuple[float, ...]]:
         agent.compile_update(config.replay.batch_size, config.replay.batch_length)
         while trainer.counters['updates'] < 5:
             trainer.tick()
-        records, section, acting, acted = trainer._records, trainer._timer.section, [], []
-        _, actions, _ = agent.policy(
-            trainer._learner.acting_params,
-            trainer._policy_state,
-            records.observation,
-            records.is_first,
-            (0, 0),
-        )
-        chosen = jax.device_get(actions)
+        chosen = jax.device_get(agent.acted)
+        acting: list[float] = []
 
-        @contextlib.contextmanager
-        def timed(name: str) -> Iterator[None]:
-            start = time.perf_counter()
-            with section(name):
-                yield
-            if name == 'policy':  # twice in a tick: to start it, and to wait for its actions
-                acting.extend((start, time.perf_counter()))
+        def step() -> float:
+            return seconds_of(lambda: env.step(chosen))
 
-        def tick() -> None:
-            acting.clear()
-            trainer.tick()
-            acted.append(acting[-1] - acting[0])
-
-        trainer._timer.section = timed
-        for seconds[0] in UPDATES:
-            stepping = medians(lambda: env.step(chosen), ticks // 3)
-            updating = medians(
-                lambda: jax.block_until_ready(
-                    agent._asleep(trainer._learner.state.updates, actions)
-                ),
-                ticks // 3,
+        def update() -> float:
+            records = trainer._records
+            agent.policy(
+                trainer._learner.acting_params,
+                trainer._policy_state,
+                records.observation,
+                records.is_first,
+                (0, 0),
             )
-            ticking = medians(tick, ticks)
-            rows.append((updating, statistics.median(acted[-ticks:]), stepping, ticking))
+            updated = agent.asleep(trainer._learner.state.updates, agent.acted)
+            jax.block_until_ready(agent.acted)
+            return seconds_of(lambda: jax.block_until_ready(updated))
+
+        def tick() -> float:
+            taken = seconds_of(trainer.tick)
+            acting.append(agent.acting_took.result())
+            return taken
+
+        for seconds[0] in UPDATES:
+            stepping, updating = median(step, ticks // 3), median(update, ticks // 3)
+            ticking = median(tick, ticks)
+            rows.append((updating, statistics.median(acting[-ticks:]), stepping, ticking))
     return rows
 
 
