@@ -166,7 +166,7 @@ def test_costs_of_operations_by_hand():
 
 
 def test_the_page_on_speed_shows_what_was_measured():
-    from experiments.benchmarks import measure
+    from experiments.benchmarks import measure, plain
 
     folder, page = ROOT / 'experiments/benchmarks', (ROOT / 'docs/speed.md').read_text()
     results = json.loads((folder / 'results.json').read_text())
@@ -174,3 +174,7 @@ def test_the_page_on_speed_shows_what_was_measured():
     assert measure.table(results) == (folder / 'results.md').read_text()
     for name in ('results', 'profile_vectors', 'profile_images', 'plain_vectors', 'plain_images'):
         assert (folder / f'{name}.md').read_text() in page
+    for kind in ('vectors', 'images 64x64x3'):
+        table = (folder / f'plain_{kind.split()[0]}.md').read_text()
+        rows = [line.split(' | ')[0][2:] for line in table.splitlines() if line.startswith('| ')]
+        assert rows[1:] == [*plain.names(kind), 'all of these', *plain.SETTINGS]
