@@ -186,7 +186,7 @@ def check_updates(count, folder, monkeypatch):
     for seed in range(test_sharding.UPDATES):
         batch = test_sharding.batch_of_eight(agent, seed)
         state, latents, values = agent.update(state, batch)
-    found = [np.load(folder / f'{index}.npz') for index in range(count)]
+    found = [dict(np.load(folder / f'{index}.npz')) for index in range(count)]
     for own in found:
         for number, expected in enumerate(jax.tree.leaves((state.params, state.slow_critic))):
             np.testing.assert_allclose(own[str(number)], expected, rtol=0, atol=1e-5)
