@@ -43,7 +43,7 @@ def main() -> None:
     mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp)
     assert mesh.size == count and len(mesh.local_devices) == 1
     agent = Agent.from_spaces(*test_sharding.SPACES, tiny_runs.agent_config(), mesh=mesh)
-    state = agent.init(0)
+    state = test_sharding.first_state(agent)
     size = settings.replay.batch_size // count
     for seed in range(test_sharding.UPDATES):
         batch = test_sharding.batch_of_eight(agent, seed)

@@ -98,17 +98,16 @@ def test_hosts_train_and_stop_together_and_one_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('count', [2, 4])
-def test_a_lost_host_ends_the_others(count, tmp_path, quick_compilation):
-    """By the command itself; then it goes on."""
+@pytest.mark.parametrize('counts', [(2, 4), (4, 4)])
+def test_a_lost_host_ends_the_others(counts, tmp_path, quick_compilation):
+    """By the command itself; then it goes on, with as many hosts or with more of them."""
     run, port = tmp_path / 'run', free_port()
-    configs = [host.config(index, count, port, tmp_path) for index in range(count)]
     command = ['-m', 'dreamerv3_jax', 'train', '--config=quickstart']
-    for start in range(2):
+    for start, count in enumerate(counts):
+        configs = [host.config(index, count, port, tmp_path) for index in range(count)]
+        commands = [[*command, *test_loop.flags(config)] for config in configs]
         before = tiny_runs.read_metrics(run)[-1]['step'] if start else 0
-        with started(
-            lambda index: [*command, *test_loop.flags(configs[index])], count, quick_compilation
-        ) as processes:
+        with started(commands.__getitem__, count, quick_compilation) as processes:
             wait_for_training(run, processes[0], after=before)
             test_loop.wait_for(lambda: checkpoint.latest_step(run / 'checkpoints'), processes[0])
             processes[-1].kill()
@@ -182,7 +181,7 @@ def check_updates(count, folder, monkeypatch):
     """The updates that all hosts made are those of one."""
     monkeypatch.setattr(test_sharding.sharding, 'LEAST_SHARDED', 64)
     agent = test_sharding.Agent.from_spaces(*test_sharding.SPACES, tiny_runs.agent_config())
-    state = agent.init(0)
+    state = test_sharding.first_state(agent)
     for seed in range(test_sharding.UPDATES):
         batch = test_sharding.batch_of_eight(agent, seed)
         state, latents, values = agent.update(state, batch)

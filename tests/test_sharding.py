@@ -16,6 +16,7 @@ from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.normalization import init_return_percentiles, update_return_percentiles
+from dreamerv3_jax.transforms import two_hot_bins
 
 SPACES = (Box(-np.inf, np.inf, (4,), np.float32), Discrete(2))
 UPDATES = 5
@@ -30,7 +31,20 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 def start():
     """The first state, on the host."""
     agent = Agent.from_spaces(*SPACES, tiny_runs.agent_config())
-    return jax.tree.map(np.array, agent.init(0))
+    return jax.tree.map(np.array, first_state(agent))
+
+
+def first_state(agent):
+    """Of an agent that expects moderate rewards and values, as a trained one does.
+
+    Bins reach e^20. To a new agent all are equally likely, and wherever one weight of them is
+    rounded otherwise, its value is another by 0.1.
+    """
+    state = agent.init(0)
+    expected = -np.log1p(np.abs(two_hot_bins(tiny_runs.agent_config()['bins'])))
+    for head in (state.params['reward'], state.params['critic'], state.slow_critic):
+        head['output']['bias'] += expected
+    return state
 
 
 def batch_of_eight(agent, seed):
