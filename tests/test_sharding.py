@@ -19,6 +19,7 @@ from dreamerv3_jax.normalization import init_return_percentiles, update_return_p
 from dreamerv3_jax.transforms import two_hot_bins
 
 SPACES = (Box(-np.inf, np.inf, (4,), np.float32), Discrete(2))
+IMAGE = (Box(0, 255, (16, 16, 1), np.uint8), Discrete(2))
 UPDATES = 5
 MESHES = [(8, 1), (1, 4), (2, 4)]
 OTHER_MESHES = [(2, 1), (4, 1), (1, 2), (1, 8), (2, 2), (4, 2)]
@@ -30,15 +31,19 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 @pytest.fixture(scope='module')
 def start():
     """The first state, on the host."""
-    agent = Agent.from_spaces(*SPACES, tiny_runs.agent_config())
+    return first_state_on_host(SPACES)
+
+
+def first_state_on_host(spaces):
+    agent = Agent.from_spaces(*spaces, tiny_runs.agent_config())
     return jax.tree.map(np.array, first_state(agent))
 
 
 def first_state(agent):
     """Of an agent that expects moderate rewards and values, as a trained one does.
 
-    Bins reach e^20. To a new agent all are equally likely, and wherever one weight of them is
-    rounded otherwise, its value is another by 0.1.
+    Bins reach e^20. To a new agent all are equally likely, and where the weight of one of these 15
+    is rounded otherwise, the value is another by up to 2.
     """
     state = agent.init(0)
     expected = -np.log1p(np.abs(two_hot_bins(tiny_runs.agent_config()['bins'])))
@@ -53,10 +58,10 @@ def batch_of_eight(agent, seed):
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *halves)
 
 
-def train(start, data, fsdp):
+def train(start, data, fsdp, spaces=SPACES):
     """Returns the agent, the last state and latents, and the metrics of every update."""
     mesh = sharding.make_mesh(data, fsdp)
-    agent = Agent.from_spaces(*SPACES, tiny_runs.agent_config(), mesh=mesh)
+    agent = Agent.from_spaces(*spaces, tiny_runs.agent_config(), mesh=mesh)
     state, metrics = jax.device_put(start, sharding.state_sharding(mesh, start)), []
     for seed in range(UPDATES):
         state, latents, values = agent.update(state, batch_of_eight(agent, seed))
@@ -77,7 +82,34 @@ def alone(start):
 def test_same_training_on_many_devices(data, fsdp, start, alone, monkeypatch):
     monkeypatch.setattr(sharding, 'LEAST_SHARDED', 64)
     agent, state, latents, metrics = train(start, data, fsdp)
-    one, expected_state, expected_latents, expected_metrics = alone
+    check_same_training((state, latents, metrics), alone[1:])
+    # And it was really done on all devices, with optimiser and slow critic split up as well.
+    devices = data * fsdp
+    assert len(latents.deter.sharding.device_set) == devices
+    assert latents.deter.addressable_shards[0].data.shape[0] == 8 // devices
+    for leaf in jax.tree.leaves(state):
+        assert len(leaf.sharding.device_set) == devices
+        largest = max(shard.data.size for shard in leaf.addressable_shards)
+        divisible = leaf.size >= 64 and any(side % fsdp == 0 for side in leaf.shape)
+        assert largest * (fsdp if divisible else 1) == leaf.size
+    check_communication(agent._compiled_update.as_text(), state, fsdp)
+    # One device acts, with whole parameters, as one that trains alone.
+    chosen = [act(*pair) for pair in ((agent, state), alone[:2])]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), *chosen)
+
+
+@pytest.mark.slow
+def test_same_training_from_images(monkeypatch):
+    monkeypatch.setattr(sharding, 'LEAST_SHARDED', 64)
+    start = first_state_on_host(IMAGE)
+    _, *expected = train(start, 1, 1, IMAGE)
+    _, *found = train(start, 2, 4, IMAGE)
+    check_same_training(found, expected)
+
+
+def check_same_training(found, one):
+    state, latents, metrics = found
+    expected_state, expected_latents, expected_metrics = one
     for values, expected in zip(metrics, expected_metrics, strict=True):
         assert values.keys() == expected.keys()
         for key in expected:
@@ -94,19 +126,6 @@ def test_same_training_on_many_devices(data, fsdp, start, alone, monkeypatch):
             np.testing.assert_allclose(
                 value, expected, atol=1e-5, rtol=0, err_msg=jax.tree_util.keystr(path)
             )
-    # And it was really done on all devices, with optimiser and slow critic split up as well.
-    devices = data * fsdp
-    assert len(latents.deter.sharding.device_set) == devices
-    assert latents.deter.addressable_shards[0].data.shape[0] == 8 // devices
-    for leaf in jax.tree.leaves(state):
-        assert len(leaf.sharding.device_set) == devices
-        largest = max(shard.data.size for shard in leaf.addressable_shards)
-        divisible = leaf.size >= 64 and any(side % fsdp == 0 for side in leaf.shape)
-        assert largest * (fsdp if divisible else 1) == leaf.size
-    check_communication(agent._compiled_update.as_text(), state, fsdp)
-    # One device acts, with whole parameters, as one that trains alone.
-    chosen = [act(*pair) for pair in ((agent, state), (one, expected_state))]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), *chosen)
 
 
 def check_communication(program, state, fsdp):
