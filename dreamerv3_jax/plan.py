@@ -184,20 +184,29 @@ class Planner:
         return int(CHIPS[self.topology.kind].memory)
 
     def alternatives(self) -> Iterator[dict[str, str]]:
-        """Settings that take less memory, the nearest first: remat, then a wider fsdp too."""
+        """Settings that take less memory, the nearest first, each with those before it.
+
+        Remat, then a wider fsdp, then bfloat16 unless on CPUs, then smaller batches.
+        """
         config, count = self.config, self.agent.mesh.size
         changes = {}
         if not config.agent.remat:
             changes['agent.remat'] = 'true'
             yield dict(changes)
-        fsdp = 2 * config.mesh.fsdp
-        while fsdp <= count:
+        for fsdp in range(config.mesh.fsdp + 1, count + 1):
             if count % fsdp == 0:
-                changes |= {'mesh.fsdp': str(fsdp)}
+                changes['mesh.fsdp'] = str(fsdp)
                 if config.mesh.data != -1:
-                    changes |= {'mesh.data': str(count // fsdp)}
+                    changes['mesh.data'] = str(count // fsdp)
                 yield dict(changes)
-            fsdp *= 2
+        if config.agent.compute_dtype == 'float32' and self.topology.kind != 'cpu':
+            changes['agent.compute_dtype'] = 'bfloat16'
+            yield dict(changes)
+        size = config.replay.batch_size
+        while size % (2 * count) == 0:
+            size //= 2
+            changes['replay.batch_size'] = str(size)
+            yield dict(changes)
 
 
 def _wanted(message: str) -> int:
@@ -252,7 +261,7 @@ def report(
         if figures.fits:
             show(_row('nearest', f'{flags}: {memory(figures)}'))
             return
-    show(_row('nearest', 'none with these devices: choose more of them, a smaller size or batch'))
+    show(_row('nearest', 'none with these devices: choose more of them or a smaller size'))
 
 
 def _row(name: str, text: str) -> str:

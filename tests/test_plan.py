@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib.util
+import itertools
+import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -281,9 +284,57 @@ def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch):
     flags = '--config.agent.remat=true --config.mesh.fsdp=2'
     assert lines[-1].split(None, 1)[0] == 'nearest' and flags in lines[-1]
     tried[:] = ['none fits'] * 4
-    plan.report(tiny(replay__batch_size=8), topology.parse('cpu:8'), lines.append)
-    assert tried[-1] == nearest | {'mesh.fsdp': '8'}
+    plan.report(tiny(replay__batch_size=16), topology.parse('cpu:8'), lines.append)
+    assert tried[-1] == nearest | {'mesh.fsdp': '8', 'replay.batch_size': '8'}
     assert lines[-1].startswith('nearest      none with these devices')
+
+
+def test_settings_that_take_less_memory():
+    """The nearest first: none that changes the numbers before those that do not."""
+
+    def found(where, **changes):
+        """What each alternative adds to the one before it."""
+        planner = plan.Planner(tiny(**changes), topology.parse(where))
+        planner.topology = topology.parse('v5e:2x2')
+        choices = [{}, *planner.alternatives()]
+        return [dict(new.items() - old.items()) for old, new in itertools.pairwise(choices)]
+
+    halves = [{'replay.batch_size': size} for size in ('2', '1')]
+    assert found('cpu:1') == [{'agent.remat': 'true'}, {'agent.compute_dtype': 'bfloat16'}, *halves]
+    assert found('cpu:1', agent__remat=True, agent__compute_dtype='bfloat16') == halves
+    wider = [{'mesh.fsdp': '3'}, {'mesh.fsdp': '6'}]
+    assert found('cpu:6', mesh__fsdp=2, agent__remat=True, replay__batch_size=6)[:2] == wider
+    split = [{'mesh.fsdp': '2', 'mesh.data': '2'}, {'mesh.fsdp': '4', 'mesh.data': '1'}]
+    assert found('cpu:6', mesh__data=4, agent__remat=True)[:2] == split
+
+
+def test_the_committed_table(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent.parent)
+    from experiments import plan as table
+
+    text = (table.FOLDER / 'plan.json').read_text()
+    results = {json.dumps(x['case']): x for x in json.loads(text)}
+    assert list(results) == [json.dumps(case) for case in table.cases()]
+    assert table.page(list(results.values())) == (table.FOLDER / 'plan.md').read_text()
+
+    def figures(*arguments, **changes):
+        return plan.Figures(**results[json.dumps(table.case(*arguments, **changes))]['figures'])
+
+    page = (table.FOLDER.parent / 'docs' / 'scaling.md').read_text().replace('\n', ' ')
+    largest = figures('size400m', 'v5e:4x8', fsdp=32, remat=True)
+    assert largest.fits and largest.memory == 16 * 2**30
+    assert f'an update takes {largest.peak / 2**30:.1f} GiB of a device' in page
+    one = {
+        (remat, dtype): figures('size12m', 'v5e:1x1', remat=remat, dtype=dtype)
+        for remat in (False, True)
+        for dtype in ('float32', 'bfloat16')
+    }
+    gib = [f'{x.temporaries / 2**30:.1f}' for x in one.values()]
+    more = one[True, 'bfloat16'].flops / one[False, 'bfloat16'].flops - 1
+    assert (
+        f'{gib[0]} GiB in float32 and {gib[1]} GiB in bfloat16, and {gib[2]} and {gib[3]} GiB '
+        f'with remat, for {100 * more:.0f}% more operations'
+    ) in page
 
 
 @pytest.mark.slow
