@@ -4,10 +4,10 @@ python host.py INDEX COUNT PORT FOLDER
 """
 
 import pathlib
+import pickle
 import sys
 
 import jax
-import numpy as np
 import test_sharding
 import tiny_runs
 
@@ -45,15 +45,15 @@ def main() -> None:
     agent = Agent.from_spaces(*test_sharding.SPACES, tiny_runs.agent_config(), mesh=mesh)
     state = test_sharding.first_state(agent)
     size = settings.replay.batch_size // count
+    metrics = []
     for seed in range(test_sharding.UPDATES):
         batch = test_sharding.batch_of_eight(agent, seed)
         own = jax.tree.map(lambda x: x[index * size :][:size], batch)
-        state, latents, metrics = agent.update(state, own)
-    whole = jax.tree.leaves(sharding.gather(mesh, (state.params, state.slow_critic)))
-    result = {str(number): np.asarray(x) for number, x in enumerate(whole)}
-    result |= {name: np.asarray(value) for name, value in metrics.items()}
-    rows = {name: sharding.own_rows(x) for name, x in latents._asdict().items()}
-    np.savez(folder / f'{index}.npz', **result, **rows)
+        state, latents, values = agent.update(state, own)
+        metrics.append(jax.device_get(values))
+    rows = jax.tree.map(sharding.own_rows, latents)
+    whole = jax.device_get(sharding.gather(mesh, state))
+    (folder / f'{index}.pickle').write_bytes(pickle.dumps((whole, rows, metrics)))
     loop.train(settings, settings.logdir, 'tiny')
 
 

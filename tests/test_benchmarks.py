@@ -178,3 +178,22 @@ def test_the_page_on_speed_shows_what_was_measured():
         table = (folder / f'plain_{kind.split()[0]}.md').read_text()
         rows = [line.split(' | ')[0][2:] for line in table.splitlines() if line.startswith('| ')]
         assert rows[1:] == [*plain.names(kind), 'all of these', *plain.SETTINGS]
+
+
+@pytest.mark.medium
+def test_overlap_measures_the_real_loop(monkeypatch):
+    from dreamerv3_jax import loop
+    from experiments.benchmarks import overlap
+
+    monkeypatch.setattr(loop, 'Agent', loop.Agent)  # which is put back
+    monkeypatch.setattr(overlap, 'UPDATES', (0.1,))
+    ((update, acting, environments, tick),) = overlap.run(ticks=6)
+    assert update > 0.09 and environments > overlap.STEP and acting > 0
+    assert tick > update + acting / 2  # one after the other
+
+
+def test_shares_of_overlap_by_hand():
+    from experiments.benchmarks import overlap
+
+    row = overlap.table([(0.02, 0.01, 0.005, 0.04)]).splitlines()[-1]
+    assert row == '| 20.0 | 10.0 | 5.0 | 30.0 | 40.0 | 25.0% | 25.0% | 50.0% |'

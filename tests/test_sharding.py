@@ -40,15 +40,23 @@ def first_state_on_host(spaces):
 
 
 def first_state(agent):
-    """Of an agent that expects moderate rewards and values, as a trained one does.
+    """Of an agent that expects rewards and values of some size, as a trained one does.
 
-    Bins reach e^20. To a new agent all are equally likely, and where the weight of one of these 15
-    is rounded otherwise, the value is another by up to 2.
+    Returns then differ by more than the limit under which they are not scaled. And bins reach e^20:
+    to a new agent all are equally likely, and where the weight of one of these 15 is rounded
+    otherwise, the value is another by up to 2.
     """
     state = agent.init(0)
-    expected = -np.log1p(np.abs(two_hot_bins(tiny_runs.agent_config()['bins'])))
-    for head in (state.params['reward'], state.params['critic'], state.slow_critic):
-        head['output']['bias'] += expected
+    bias = -np.log1p(np.abs(two_hot_bins(tiny_runs.agent_config()['bins'])))
+    for head, seed in (
+        (state.params['reward'], 1),
+        (state.params['critic'], 2),
+        (state.slow_critic, 2),
+    ):
+        output = head['output']
+        kernel = np.random.default_rng(seed).standard_normal(output['kernel'].shape)
+        output['bias'] += bias
+        output['kernel'] += kernel.astype(np.float32)
     return state
 
 
@@ -108,6 +116,7 @@ def test_same_training_from_images(monkeypatch):
 
 
 def check_same_training(found, one):
+    """Compares last states and latents, and the metrics of every update."""
     state, latents, metrics = found
     expected_state, expected_latents, expected_metrics = one
     for values, expected in zip(metrics, expected_metrics, strict=True):
@@ -116,16 +125,17 @@ def check_same_training(found, one):
             np.testing.assert_allclose(
                 values[key], expected[key], rtol=1e-5, atol=1e-5, err_msg=key
             )
+    assert expected_metrics[-1]['return/scale'] > 1  # and so depends on the percentiles
     # No sampled latent differs, or the parameters would, by much more than this. They moved by:
-    moved = np.abs(expected_state.params['critic']['output']['kernel']).max()
+    moved = np.abs(expected_state.params['continue_']['output']['kernel']).max()
     assert moved > 100 * 1e-5
-    np.testing.assert_array_equal(latents.stoch, expected_latents.stoch)
+    for name, expected in expected_latents._asdict().items():
+        np.testing.assert_allclose(getattr(latents, name), expected, atol=1e-5)
     paths = jax.tree_util.tree_flatten_with_path(expected_state)[0]
     for (path, expected), value in zip(paths, jax.tree.leaves(state), strict=True):
-        if 'optimizer' not in jax.tree_util.keystr(path):
-            np.testing.assert_allclose(
-                value, expected, atol=1e-5, rtol=0, err_msg=jax.tree_util.keystr(path)
-            )
+        name = jax.tree_util.keystr(path)
+        limit = 1e-4 * np.abs(expected).max() if 'optimizer' in name else 1e-5
+        np.testing.assert_allclose(value, expected, atol=limit, rtol=0, err_msg=name)
 
 
 def check_communication(program, state, fsdp):
