@@ -169,6 +169,7 @@ def _take_pieces(library: ctypes.CDLL) -> None:
     if end:
         first = -(-end // 2**21) * 2**21
         library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end + 2**30 - first), _HUGE_PAGES)
+    library.malloc(2**15)  # a bound: what is small stays before it, out of holes of gigabytes
     library.free(end)
     for bits in range(26, 13, -1) if end else ():
         while (piece := library.malloc(2**bits)) and piece < end:

@@ -133,6 +133,19 @@ def test_pieces_of_the_heap_are_taken():
     assert tuned(code) == 'True True\n'
 
 
+def test_small_buffers_stay_out_of_the_holes_of_large_ones():
+    code = (
+        "library = ctypes.CDLL('libc.so.6')\n"
+        'library.malloc.restype = ctypes.c_void_p\n'
+        'library.free.argtypes = [ctypes.c_void_p]\n'
+        'startup.return_memory()\n'
+        'large = library.malloc(2**31)\n'
+        'library.free(large)\n'
+        'print(library.malloc(30_000_000) < large)\n'
+    )
+    assert tuned(code) == 'True\n'
+
+
 HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
