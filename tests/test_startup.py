@@ -136,7 +136,7 @@ def test_pieces_of_the_heap_are_taken():
 def test_small_buffers_stay_out_of_the_holes_of_large_ones():
     code = (
         "library = ctypes.CDLL('libc.so.6')\n"
-        'library.malloc.restype = ctypes.c_void_p\n'
+        'library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n'
         'library.free.argtypes = [ctypes.c_void_p]\n'
         'startup.return_memory()\n'
         'large = library.malloc(2**31)\n'
