@@ -48,11 +48,8 @@ def first_state(agent):
     """
     state = agent.init(0)
     bias = -np.log1p(np.abs(two_hot_bins(tiny_runs.agent_config()['bins'])))
-    for head, seed in (
-        (state.params['reward'], 1),
-        (state.params['critic'], 2),
-        (state.slow_critic, 2),
-    ):
+    heads = (state.params['reward'], state.params['critic'], state.slow_critic)
+    for head, seed in zip(heads, (1, 2, 2), strict=True):
         output = head['output']
         kernel = np.random.default_rng(seed).standard_normal(output['kernel'].shape)
         output['bias'] += bias
