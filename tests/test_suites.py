@@ -344,7 +344,13 @@ class TestCrafter:
 
 @pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize(
-    'preset', [name for name in presets.names() if '/' in presets.load_config(name).env.id]
+    'preset',
+    [
+        # Craftax takes half a minute to compile; `test_contract.py` plays its smaller game.
+        pytest.param(name, marks=[pytest.mark.slow] if name == 'craftax' else [])
+        for name in presets.names()
+        if '/' in presets.load_config(name).env.id
+    ],
 )
 def test_presets_make_their_environments(preset):
     config = presets.load_config(preset).env
