@@ -142,8 +142,8 @@ def actor_critic_losses(
     critic = weight * losses.critic_loss(
         logits, result, imagined.slow_value, bins, slow_scale=config.slow_critic_scale
     )
-    replay_critic, replay_value = _replay_critic_loss(
-        networks, params, slow_critic, latent, batch, result[:, 0], config
+    replay_critic = _replay_critic_loss(
+        networks, params, latent, batch, result[:, 0], imagined.slow_value[:, 0], config
     )
     metrics = {
         'return/mean': result.mean(),
@@ -152,7 +152,7 @@ def actor_critic_losses(
         'return/scale': scale,
         'critic/value': value.mean(),
         'critic/slow_value': imagined.slow_value.mean(),
-        'critic/replay_value': replay_value.mean(),
+        'critic/replay_value': imagined.slow_value[:, 0].mean(),
         'actor/entropy': entropy.mean(),
         'actor/advantage': advantage.mean(),
         'actor/advantage_magnitude': jnp.abs(advantage).mean(),
@@ -167,17 +167,17 @@ def actor_critic_losses(
 def _replay_critic_loss(
     networks: Networks,
     params: Params,
-    slow_critic: Params,
     latent: Latent,
     batch: Batch,
     imagined_return: Array,
+    slow_value: Array,
     config: AgentConfig,
-) -> tuple[Array, Array]:
-    """Critic loss on real rewards [B, T - 1], and the slow critic's values of these states [B, T].
+) -> Array:
+    """Critic loss on real rewards [B, T - 1].
 
-    The return bootstraps from `imagined_return` [N]; steps that end an episode have weight 0.
+    The return bootstraps from `imagined_return` [N]; `slow_value` [N] is the slow critic's of the
+    same states. Steps that end an episode have weight 0.
     """
-    state = (latent.deter, rssm.flat(latent.stoch))
     reward, is_last, is_terminal = (
         x[:, 1:] for x in (batch.reward, batch.is_last, batch.is_terminal)
     )
@@ -189,10 +189,12 @@ def _replay_critic_loss(
         discount=config.discount,
         lambda_=config.return_lambda,
     )
-    bins = two_hot_bins(config.bins)
-    logits = networks.critic(params['critic'], *state)
-    slow_value = sg(two_hot_mean(networks.critic(slow_critic, *state), bins))
+    logits = networks.critic(params['critic'], latent.deter, rssm.flat(latent.stoch))
     loss = losses.critic_loss(
-        logits[:, :-1], result, slow_value[:, :-1], bins, slow_scale=config.slow_critic_scale
+        logits[:, :-1],
+        result,
+        slow_value.reshape(reward.shape)[:, :-1],
+        two_hot_bins(config.bins),
+        slow_scale=config.slow_critic_scale,
     )
-    return (1.0 - is_last[:, :-1].astype(jnp.float32)) * loss, slow_value
+    return (1.0 - is_last[:, :-1].astype(jnp.float32)) * loss

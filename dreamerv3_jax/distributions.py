@@ -8,31 +8,6 @@ import numpy as np
 from dreamerv3_jax.types import Array
 
 
-def largest(x: Array) -> Array:
-    """The maximum over the last axis, [..., C] -> [..., 1], without a gradient.
-
-    On CPUs by maxima of halves: XLA takes three times as long for one over many classes.
-    """
-
-    def by_halves(x: Array) -> Array:
-        while (classes := x.shape[-1]) > 8:
-            half = (classes + 1) // 2
-            x = jnp.maximum(x[..., :half], x[..., classes - half :])
-        return whole(x)
-
-    def whole(x: Array) -> Array:
-        return jnp.max(x, -1, keepdims=True)
-
-    x = jax.lax.stop_gradient(x)
-    return jax.lax.platform_dependent(x, cpu=by_halves, default=whole)
-
-
-def log_sum_exp(logits: Array) -> Array:
-    """`log(sum(exp(logits)))` of finite `logits` [..., C] -> [...]."""
-    most = largest(logits)
-    return most[..., 0] + jnp.log(jnp.sum(jnp.exp(logits - most), -1))
-
-
 def unimix(logits: Array, share: float) -> Array:
     """Log-probabilities of a categorical mixed with the uniform one (paper, "World model").
 

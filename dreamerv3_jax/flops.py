@@ -47,18 +47,12 @@ def _products(jaxpr: core.Jaxpr) -> Iterator[Product]:
             yield Product(_convolution(equation), _bytes(equation), 1)
         else:
             inner = [list(_products(jaxpr)) for jaxpr in _inner(equation.params.values())]
-            if equation.primitive.name == 'cond' and len(set(map(_total, inner))) == 1:
-                inner = inner[-1:]  # as many whichever runs; the last is not that for CPUs
-            elif any(inner) and equation.primitive.name in ('while', 'cond'):
+            if any(inner) and equation.primitive.name in ('while', 'cond'):
                 raise ValueError(f'How often the products in a {equation.primitive.name} run?')
             length = equation.params.get('length', 1)
             for found in inner:
                 for product in found:
                     yield product._replace(times=product.times * length)
-
-
-def _total(found: list[Product]) -> int:
-    return sum(product.flops * product.times for product in found)
 
 
 def _inner(values: Any) -> Iterator[core.Jaxpr]:

@@ -18,7 +18,7 @@ def two_hot_loss(logits: Array, target: Array, bins: np.ndarray) -> Array:
     """Cross entropy of the softmax of `logits` [..., K] with two-hot `target` [...] -> [...]."""
     chex.assert_shape(target, logits.shape[:-1])
     logits = logits.astype(jnp.float32)
-    return distributions.log_sum_exp(logits) - jnp.sum(two_hot(target, bins) * logits, -1)
+    return jax.nn.logsumexp(logits, -1) - jnp.sum(two_hot(target, bins) * logits, -1)
 
 
 def continue_loss(logit: Array, is_terminal: Array, *, discount: float) -> Array:
@@ -133,4 +133,4 @@ def critic_loss(
     chex.assert_shape(returns, logits.shape[:-1])
     logits = logits.astype(jnp.float32)
     target = two_hot(sg(returns), bins) + slow_scale * two_hot(sg(slow_value), bins)
-    return (1 + slow_scale) * distributions.log_sum_exp(logits) - jnp.sum(target * logits, -1)
+    return (1 + slow_scale) * jax.nn.logsumexp(logits, -1) - jnp.sum(target * logits, -1)

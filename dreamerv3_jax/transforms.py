@@ -1,10 +1,10 @@
 """Symlog and the two-hot coding of scalars (paper, "Robust predictions")."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamerv3_jax import distributions
 from dreamerv3_jax.types import Array
 
 
@@ -78,7 +78,8 @@ def two_hot_mean(logits: Array, bins: np.ndarray) -> Array:
     """
     chex.assert_axis_dimension(logits, -1, len(bins))
     logits = logits.astype(jnp.float32)
-    weights = jnp.exp(logits - distributions.largest(logits))
+    most = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    weights = jnp.exp(logits - most)
     half = len(bins) // 2
     positive = bins[half : 2 * half].reshape((1,) * (logits.ndim - 1) + (-1,))
     difference = weights[..., half : 2 * half] - weights[..., :half]

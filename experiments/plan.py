@@ -20,7 +20,7 @@ from typing import Any
 
 from dreamerv3_jax import startup, topology
 from dreamerv3_jax.configs import base
-from experiments.machine import processor
+from experiments.machine import commit, processor
 
 FOLDER = pathlib.Path(__file__).parent
 NAME = 'experiments.plan'  # of this module, however it was started
@@ -93,9 +93,7 @@ def main() -> None:
 def made() -> str:
     """When, where and with what a case was compiled."""
     versions = [f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'libtpu')]
-    command = ['git', '-C', str(FOLDER), 'rev-parse', '--short', 'HEAD']
-    commit = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    return f'{datetime.date.today()}, commit {commit}, {", ".join(versions)}, on an {processor()}'
+    return f'{datetime.date.today()}, commit {commit()}, {", ".join(versions)}, on an {processor()}'
 
 
 def page(results: list[dict[str, Any]]) -> str:

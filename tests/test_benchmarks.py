@@ -62,16 +62,17 @@ def test_scans_are_unrolled_and_unknown_lengths_refused():
         count(loop, (3, 3), (3, 3))
 
 
-def test_only_updates_and_the_loop_are_judged_relative_to_the_machine():
+def test_updates_and_the_loop_are_compared_relative_to_the_machine():
     from experiments.benchmarks import measure
 
-    before = {'seconds': [1.0, 1.0, 1.0], 'machine gflops': 100.0}
-    slower, slower_machine = {**before, 'seconds': [1.2] * 3}, {**before, 'machine gflops': 80.0}
+    before = {'seconds': [1.0, 1.0, 1.0], 'machine gflops': [90.0, 100.0, 300.0]}
+    slower, slower_machine = {**before, 'seconds': [1.2] * 3}, {**before, 'machine gflops': [80.0]}
     for case, result, good in (
         ('update', before, True),
         ('update', slower, False),
         ('update', slower | slower_machine | {'seconds': [1.2] * 3}, True),
         ('policy', slower, True),
+        ('policy', {**before, 'seconds': [1.6] * 3}, False),
     ):
         assert measure.compare({case: result}, {'cases': {case: before}}) == good
 
@@ -85,6 +86,7 @@ def test_a_case_is_measured_and_written(tmp_path):
     assert result.returncode == 0, result.stderr
     (case,) = json.loads((tmp_path / 'results.json').read_text())['cases'].values()
     assert len(case['seconds']) == 2 and case['peak gigabytes'] > 0.1
+    assert len(case['machine gflops']) == 1 and case['machine gflops'][0] > 1
     assert '| policy size1m vectors 1 |' in (tmp_path / 'results.md').read_text()
 
 
@@ -107,13 +109,7 @@ def test_products_whose_result_is_not_used_do_not_count():
     assert operations == 5 * 2 * 2 * 4**3
 
 
-def test_a_product_in_every_branch_counts_once():
-    def choose(x):
-        return jax.lax.platform_dependent(x, cpu=lambda x: x.T @ x, default=lambda x: x @ x)
-
-    assert count(choose, (4, 4)) == 2 * 4**3
-
-
+@pytest.mark.medium
 def test_plain_forms_are_used_and_compute_the_same(monkeypatch, quick_compilation):
     from experiments.benchmarks import measure, plain
 

@@ -214,8 +214,9 @@ def check_shapes(values, checked=[]):  # noqa: B006
         jax.jit(lambda: agent.init(0)).lower()
 
 
+@pytest.mark.medium
 @hypothesis.settings(
-    max_examples=1000,
+    max_examples=500,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(

@@ -26,7 +26,6 @@ from dreamerv3_jax.spaces import ObservationAdapter
 
 STREAMS, TICKS = 2, 250  # 500 steps
 FRAMES = 3  # of an action, where repeats are counted
-MEDIUM = (pytest.mark.medium,)
 
 
 class Case(NamedTuple):
@@ -52,10 +51,10 @@ GYMNASIUM = [
 ]
 SPECIAL = [
     Case('atari/pong', repeat=20),
-    Case('craftax/classic', {'length': 61}, limit=61, dies=False, marks=MEDIUM),
-    Case('crafter/reward', {'length': 61}, limit=61, marks=MEDIUM),
+    Case('craftax/classic', {'length': 61}, limit=61, dies=False),
+    Case('crafter/reward', {'length': 61}, limit=61),
     Case('dmc/walker_walk', repeat=10, limit=100, dies=False),
-    Case('dmc/cartpole_balance', {'vision': True}, repeat=20, limit=50, dies=False, marks=MEDIUM),
+    Case('dmc/cartpole_balance', {'vision': True}, repeat=20, limit=50, dies=False),
     Case('manipulation/reach_site', repeat=4, limit=63, dies=False),
     Case('memorymaze/9x9', repeat=10, limit=100, dies=False, marks=(pytest.mark.slow,)),
     Case('metaworld/reach', repeat=10, limit=50, dies=False),
@@ -169,6 +168,7 @@ def check_episodes(history, limit):
     return cut, sum(deaths)
 
 
+@pytest.mark.medium
 def test_contract(case, monkeypatch, quick_compilation):
     outside = watch_spaces(monkeypatch)
     with open_case(case, vectorization=vectorization(case)) as env:
@@ -184,6 +184,7 @@ def test_contract(case, monkeypatch, quick_compilation):
         assert digests(play(env, 25)) != digests(history[:26]), 'the seed has no effect'
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures('quick_compilation')
 def test_action_repeat(case, monkeypatch):
     """Compares with the action given anew at every frame, up to the end of the episode."""

@@ -163,26 +163,3 @@ def test_normal_sample_moves_and_scales():
     np.testing.assert_array_equal(certain, 5)
     many = distributions.normal_sample(key, jnp.zeros(10_000), jnp.ones(10_000))
     assert abs(float(many.mean())) < 0.05 and abs(float(many.std()) - 1) < 0.05
-
-
-def test_log_sum_exp_by_hand():
-    np.testing.assert_allclose(distributions.log_sum_exp(jnp.zeros((2, 5))), np.log(5), rtol=1e-6)
-    # The greatest counts only, however great it is, and a single one is its own.
-    np.testing.assert_allclose(distributions.log_sum_exp(jnp.array([-1e30, 2e30])), 2e30)
-    np.testing.assert_allclose(distributions.log_sum_exp(jnp.array([[-7.0]])), [-7])
-
-
-@given(
-    hnp.arrays(
-        np.float32,
-        st.tuples(st.integers(1, 3), st.integers(1, 70)),
-        elements=st.floats(-50, 50, width=32),
-    )
-)
-def test_log_sum_exp_is_that_of_scipy_and_its_gradient_the_softmax(logits):
-    np.testing.assert_array_equal(distributions.largest(logits), logits.max(-1, keepdims=True))
-    np.testing.assert_allclose(
-        distributions.log_sum_exp(logits), scipy.special.logsumexp(logits, -1), rtol=1e-5, atol=1e-5
-    )
-    gradient = jax.grad(lambda x: distributions.log_sum_exp(x).sum())(jnp.asarray(logits))
-    np.testing.assert_allclose(gradient, scipy.special.softmax(logits, -1), atol=1e-5)

@@ -389,6 +389,7 @@ def test_workers_end_with_their_parent():
         time.sleep(0.05)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('failure', ['hang', 'hang in C'])
 def test_a_worker_that_hangs_ends_with_its_parent(failure, tmp_path):
     code = (
@@ -509,7 +510,8 @@ FAILURES = {
 @pytest.mark.parametrize(
     ('vectorization', 'what'),
     [('sync', what) for what in FAILURES if what not in ('exit', 'hang')]
-    + [('async', what) for what in FAILURES],
+    + [('async', what) for what in FAILURES if what != 'hang']
+    + [pytest.param('async', 'hang', marks=pytest.mark.medium)],
 )
 def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what, tmp_path):
     """The others go on, and the episode that was cut does not run on into the next one."""

@@ -360,6 +360,7 @@ def test_replay_on_disk_is_the_same(tmp_path):
         np.testing.assert_array_equal(value, found[1][name])
 
 
+@pytest.mark.medium
 def test_resume_without_replay(tmp_path):
     config = counter_config(run__checkpoint_replay=False)
     with tiny_runs.ticked(config, tmp_path, 5) as trainer:

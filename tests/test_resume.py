@@ -124,6 +124,7 @@ def test_a_signal_amid_updates_changes_nothing(tmp_path):
     assert_equal(play(config, tmp_path / 'cut', stops, interrupted=True), expected)
 
 
+@pytest.mark.medium
 def test_going_on_twice_is_the_same(tmp_path):
     """Also where episodes begin at random: the seed of a start comes from what was saved."""
     config = tiny_runs.run_config('Pendulum-v1')

@@ -147,6 +147,7 @@ class TestEnvPool:
             with pytest.raises(UserError, match="use env.vectorization='auto'"):
                 make_pool('envpool/CartPole-v1', vectorization=vectorization)
 
+    @pytest.mark.medium
     @pytest.mark.parametrize('name', ['CartPole-v1', 'Pong-v5', 'CheetahRun-v1'])
     def test_seeds(self, name):
         check_seeds(f'envpool/{name}')
@@ -161,6 +162,7 @@ class TestEnvPool:
             assert env.render() is None
 
 
+@pytest.mark.medium
 def test_a_run_and_its_evaluation(tmp_path, quick_compilation):
     """Fewer episodes than environments: fewer environments play them."""
     pytest.importorskip('envpool')

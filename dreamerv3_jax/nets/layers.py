@@ -1,4 +1,4 @@
-"""Layers shared by all networks: initialisers, linear, block-linear, convolution, normalisation.
+"""Layers shared by all networks: initialisers, linear, block-linear, normalisation, hidden layers.
 
 Every hidden layer is Linear -> RMSNorm -> SiLU. Parameters are float32; products are computed in
 the module's `dtype`, normalisation in float32.

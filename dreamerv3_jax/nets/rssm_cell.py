@@ -76,7 +76,7 @@ class RSSMCell(nn.Module):
         return deter, self.prior(deter), self.posterior(deter, self.embed_tokens(tokens))
 
     def embed_action(self, action: Array) -> Array:
-        """Flat action [..., A] -> [..., U]; magnitudes beyond 1 count as 1."""
+        """Flat action [..., A], of magnitudes up to 1, -> [..., U]."""
         return self.action_in(action)
 
     def embed_tokens(self, tokens: Array) -> Array:

@@ -18,7 +18,6 @@ write latents back, to count. Of each there is the median.
 
 import argparse
 import concurrent.futures
-import os
 import pathlib
 import statistics
 import sys
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks import measure
-from experiments.machine import processor
+from experiments.machine import measured_on
 
 NAME = 'experiments.benchmarks.overlap'
 ENVIRONMENTS, STEP = 16, 0.005  # seconds
@@ -169,8 +168,8 @@ def table(rows: list[tuple[float, ...]]) -> str:
     import jax
 
     lines = [
-        f'Measured on {time.strftime("%Y-%m-%d")} with {processor()}, {os.cpu_count()} cores, jax '
-        f'{jax.__version__}: `python -m {NAME}`. Milliseconds; shares are of the whole tick.',
+        f'{measured_on()}, jax {jax.__version__}: `python -m {NAME}`. '
+        'Milliseconds; shares are of the whole tick.',
         '',
         "| update | acting | environments | least | tick | the loop's own | waits | or acts |",
         '|---|---|---|---|---|---|---|---|',

@@ -4,22 +4,22 @@ python -m experiments.benchmarks.plain [--size=size1m] [--kind='images 64x64x3']
 
 Times the update without each optimisation in turn, and without all of them, beside the update as it
 is: both are compiled in one process and take turns, and the ratio of their medians is printed. The
-settings of `startup` are measured in processes of their own. --output=FILE writes a table there, as
-markdown.
+settings of `startup` are measured in processes of their own, which take turns three times.
+--output=FILE writes a table there, as markdown.
 """
 
 import argparse
 import contextlib
 import importlib
-import os
 import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.benchmarks import measure
-from experiments.machine import processor
+from experiments.machine import measured_on
 
 NAME = 'experiments.benchmarks.plain'  # of this module, however it was started
 
@@ -84,13 +84,6 @@ def _critic_loss(
     return two_hot_loss(logits, returns, bins) + slow_scale * slow
 
 
-def _largest(x: Any) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    return jnp.max(jax.lax.stop_gradient(x), -1, keepdims=True)
-
-
 # name: (module, attribute, what takes its place)
 PATCHES: dict[str, tuple[str, str, Callable]] = {
     'maximum of four slices for pooling': ('nets.convolutions', 'max_pool', _window_max_pool),
@@ -111,7 +104,6 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
     ),
     'samples computed again for their gradients': ('rssm', 'recompute', lambda function: function),
     'blocks of the recurrent model first': ('nets.rssm_cell', 'RSSMCell.sequence', _sequence),
-    'maxima of halves': ('distributions', 'largest', _largest),
     'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
 }
 SETTINGS = {
@@ -176,13 +168,19 @@ def ratios(size: str, kind: str, runs: int, only: str) -> Iterator[tuple[str, fl
             yield name, ratio(Form(size, kind, left_out), as_it_is, runs)
     for name, settings in SETTINGS.items():
         if only in name:
-            with_it, without_it = (
-                statistics.median(
-                    measure.in_process(f'update {size} {kind}', runs, **chosen)['seconds']
-                )
-                for chosen in ({}, settings)
+            yield name, ratio_of_settings(f'update {size} {kind}', settings, runs)
+
+
+def ratio_of_settings(case: str, settings: dict[str, str], runs: int) -> float:
+    """Seconds that a case takes with settings, relative to those without; processes take turns."""
+    with tempfile.TemporaryDirectory() as cache:  # of compiled programs
+        seconds = [
+            statistics.median(
+                measure.in_process(case, runs, JAX_COMPILATION_CACHE_DIR=cache, **chosen)['seconds']
             )
-            yield name, without_it / with_it
+            for chosen in (settings, {}) * 3
+        ]
+    return statistics.median(seconds[::2]) / statistics.median(seconds[1::2])
 
 
 def main() -> None:
@@ -200,8 +198,7 @@ def main() -> None:
 
     startup.tune_cpu()
     lines = [
-        f'Measured on {time.strftime("%Y-%m-%d")} with {processor()}, {os.cpu_count()} cores: '
-        f"`python -m {NAME} --size={options.size} --kind='{options.kind}'`.",
+        f"{measured_on()}: `python -m {NAME} --size={options.size} --kind='{options.kind}'`.",
         '',
         '| left out | times the update takes then |',
         '|---|---|',
