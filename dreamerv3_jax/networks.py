@@ -93,7 +93,11 @@ def make_networks(
     stoch = config.stoch * config.classes
     state = (config.deter, stoch)
     network = functools.partial(Network, remat=config.remat)
-    encoder = Encoder(observation_specs, config.encoder_layers, config.units, config.depth, dtype)
+    on_cpu = (platform or jax.default_backend()) == 'cpu'
+    group = 16 if on_cpu else 0  # one register of numbers
+    encoder = Encoder(
+        observation_specs, config.encoder_layers, config.units, config.depth, dtype, group
+    )
 
     def head(layers: int, outputs: int, output_scale: float) -> Network:
         return network(Head(state, layers, config.units, outputs, output_scale, dtype))
@@ -106,7 +110,7 @@ def make_networks(
                 stoch=config.stoch,
                 classes=config.classes,
                 blocks=config.blocks,
-                blocks_axis=0 if (platform or jax.default_backend()) == 'cpu' else 1,
+                blocks_axis=0 if on_cpu else 1,
                 action=sum(flat_size(spec) for spec in action_specs.values()),
                 tokens=encoder.tokens,
                 prior_layers=config.prior_layers,
@@ -125,6 +129,7 @@ def make_networks(
                 units=config.units,
                 depth=config.depth,
                 dtype=dtype,
+                group=group,
             )
         ),
         reward=head(config.reward_layers, config.bins, 0.0),

@@ -1,5 +1,7 @@
 """Layers against plain forms of the same thing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -337,6 +339,49 @@ def test_many_channels_are_pooled_like_few(monkeypatch):
     few = module.apply(params, x, method='pooled')
     monkeypatch.setattr(convolutions, 'MANY_CHANNELS', 3)
     close(module.apply(params, x, method='pooled'), few)
+
+
+@pytest.mark.parametrize('group', [1, 2, 6])  # each by itself, and all of them at once
+@pytest.mark.parametrize(('side', 'height', 'width'), [(3, 4, 5), (5, 2, 3), (5, 1, 1)])
+def test_gradients_from_groups_of_images(group, side, height, width):
+    x, kernel, other = random(6, height, width, 2), random(side, side, 2, 3), random(6, 1, 1, 3)
+
+    def gradients(function):
+        return jax.grad(lambda *args: jnp.sum(other * function(*args) ** 2), (0, 1))(x, kernel)
+
+    found = gradients(lambda x, kernel: convolutions.convolve_in_groups(x, kernel, group))
+    for actual, expected in zip(found, gradients(convolutions.convolve), strict=True):
+        close(actual, expected)
+
+
+def test_gradient_of_a_kernel_from_groups_by_hand():
+    # Two images of one pixel, 2 and 3, and their gradients 5 and 7: the center has 2 * 5 + 3 * 7.
+    x, gradient = jnp.array([2.0, 3]).reshape(2, 1, 1, 1), jnp.array([5.0, 7]).reshape(2, 1, 1, 1)
+    function = functools.partial(convolutions.convolve_in_groups, x, group=1)
+    (found,) = jax.vjp(lambda kernel: function(kernel), jnp.ones((3, 3, 1, 1)))[1](gradient)
+    assert found[..., 0, 0].tolist() == [[0, 0, 0], [0, 31, 0], [0, 0, 0]]
+
+
+def test_groups_are_left_out_where_they_do_not_divide_the_images():
+    x = random(6, 4, 4, 2)
+    params = randomised(Conv(2, 3), x)
+    for group in (0, 4, 6):
+        module = Conv(2, 3, group=group)
+        program = jax.make_jaxpr(lambda params, module=module: module.apply(params, x))(params)
+        assert ('custom_vjp' in str(program)) == (group == 6)
+
+
+def test_gradients_of_maxima_are_shared():
+    """As those of `jnp.max` over the four."""
+    x = jnp.round(3 * random(4, 6, 2, 5, 2, 3))  # with many that are equal
+
+    def gradient(function):
+        return jax.grad(lambda x: jnp.sum(function(x) ** 3))(x)
+
+    expected = gradient(lambda x: x.max((2, 4)))
+    np.testing.assert_allclose(gradient(lambda x: convolutions.largest(x, (2, 4))), expected)
+    shared = jax.grad(lambda x: convolutions.largest(x, (0, 1)).sum())(jnp.full((2, 2, 1), 7.0))
+    assert shared.ravel().tolist() == [0.25] * 4
 
 
 def test_max_pool_by_hand():

@@ -1,5 +1,7 @@
 """Convolutions with the pooling or upsampling around them."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,17 +19,63 @@ def convolve(x: Array, kernel: Array) -> Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=dimensions)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve_in_groups(x: Array, kernel: Array, group: int) -> Array:
+    """`convolve` for a CPU, whose gradient reads groups of images; `group` divides N.
+
+    The gradient of a kernel is a convolution whose features are the N images, so that XLA gathers
+    each pixel from all of them, far apart in memory. Here the features are the images of a group,
+    and the groups stand on top of each other as one tall image, with rows of zeros in between.
+    """
+    return convolve(x, kernel)
+
+
+def _convolve_forward(x: Array, kernel: Array, group: int) -> tuple[Array, tuple[Array, Array]]:
+    return convolve(x, kernel), (x, kernel)
+
+
+def _convolve_backward(
+    group: int, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    _, backward = jax.vjp(lambda x: convolve(x, kernel), x)
+    margin = kernel.shape[0] // 2
+
+    def groups(x: Array) -> Array:  # [N, H, W, n] -> [N / group, group, H + margin, W, n]
+        x = x.reshape(-1, group, *x.shape[1:])
+        return jnp.pad(x, ((0, 0), (0, 0), (0, margin), (0, 0), (0, 0)))
+
+    width, inputs, features = x.shape[2], x.shape[3], gradient.shape[3]
+    tall_x = groups(x).transpose(4, 0, 2, 3, 1).reshape(inputs, -1, width, group)
+    tall_gradient = groups(gradient).transpose(0, 2, 3, 1, 4).reshape(-1, width, group, features)
+    kernel_gradient = jax.lax.conv_general_dilated(
+        tall_x, tall_gradient, (1, 1), ((margin, margin),) * 2,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )  # fmt: skip
+    return *backward(gradient), kernel_gradient.transpose(1, 2, 0, 3)
+
+
+convolve_in_groups.defvjp(_convolve_forward, _convolve_backward)
+
+
 class Conv(nn.Module):
     """5x5 convolution, stride 1, same padding; kernel [5, 5, inputs, features], bias [features].
 
     `pooled` and `upsampled` are exact, cheaper forms of the layer followed by pooling or preceded
     by upsampling; they fold the 5x5 kernel into a 3x3 one between space-to-depth forms of the
     images.
+
+    Attributes:
+      inputs: n.
+      features: m.
+      dtype: of the products.
+      group: of `convolve_in_groups`, where it divides the number of images; 0 is `convolve`.
     """
 
     inputs: int
     features: int
     dtype: jnp.dtype = jnp.float32
+    group: int = 0
 
     def setup(self) -> None:
         """Creates the parameters `kernel` and `bias`."""
@@ -35,12 +83,18 @@ class Conv(nn.Module):
         self.kernel = self.param('kernel', init, (5, 5, self.inputs, self.features))
         self.bias = self.param('bias', nn.initializers.zeros, (self.features,))
 
+    def _convolve(self, x: Array, kernel: Array) -> Array:
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.group and len(x) % self.group == 0:
+            return convolve_in_groups(x, kernel, self.group)
+        return convolve(x, kernel)
+
     def _add_bias(self, x: Array) -> Array:
         return x + along_last(self.bias.astype(self.dtype), x)
 
     def __call__(self, x: Array) -> Array:
         """Convolves images [N, H, W, inputs] -> [N, H, W, features]."""
-        return self._add_bias(convolve(x.astype(self.dtype), self.kernel.astype(self.dtype)))
+        return self._add_bias(self._convolve(x, self.kernel))
 
     def pooled(self, x: Array) -> Array:
         """`max_pool(conv(x))`: [N, H, W, inputs] -> [N, H/2, W/2, features]."""
@@ -49,16 +103,15 @@ class Conv(nn.Module):
         fold = jnp.asarray(_pool_fold())
         kernel = jnp.einsum('abio,apmx,bqny->xypqimno', self.kernel, fold, fold)
         kernel = kernel.reshape(3, 3, 4 * self.inputs, 4 * self.features)
-        x = convolve(space_to_depth(x.astype(self.dtype)), kernel.astype(self.dtype))
-        return self._add_bias(_max_of_four(jnp.split(x, 4, -1)))
+        x = self._convolve(space_to_depth(x), kernel)
+        return self._add_bias(largest(x.reshape(*x.shape[:-1], 2, 2, self.features), (3, 4)))
 
     def upsampled(self, x: Array) -> Array:
         """`conv(nearest_upsample(x))`: [N, H, W, inputs] -> [N, 2H, 2W, features]."""
         fold = jnp.asarray(_upsample_fold())
         kernel = jnp.einsum('abio,axd,bye->xyideo', self.kernel, fold, fold)
         kernel = kernel.reshape(3, 3, self.inputs, 4 * self.features)
-        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
-        return self._add_bias(depth_to_space(x))
+        return self._add_bias(depth_to_space(self._convolve(x, kernel)))
 
 
 def space_to_depth(x: Array) -> Array:
@@ -76,12 +129,39 @@ def depth_to_space(x: Array) -> Array:
 
 
 def max_pool(x: Array) -> Array:
-    """2x2 maximum, [N, 2H, 2W, C] -> [N, H, W, C]: slices, on CPU much faster than a window."""
-    return _max_of_four([x[:, row::2, column::2] for row in range(2) for column in range(2)])
+    """2x2 maximum, [N, 2H, 2W, C] -> [N, H, W, C]."""
+    n, h, w, c = x.shape
+    return largest(x.reshape(n, h // 2, 2, w // 2, 2, c), (2, 4))
 
 
-def _max_of_four(xs: list[Array]) -> Array:
-    return jnp.maximum(jnp.maximum(xs[0], xs[1]), jnp.maximum(xs[2], xs[3]))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def largest(x: Array, axes: tuple[int, int]) -> Array:
+    """The maximum over two axes of size 2, whose gradient goes in equal parts to all that are it.
+
+    As slices, which a CPU is much faster with than with windows. The gradient of `jnp.maximum`
+    would decide each pair by itself, with a division each.
+    """
+    for axis in axes:
+        first, second = (jax.lax.index_in_dim(x, index, axis) for index in range(2))
+        x = jnp.maximum(first, second)
+    return jnp.squeeze(x, axes)
+
+
+def _largest_forward(x: Array, axes: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
+    most = largest(x, axes)
+    return most, (x, most)
+
+
+def _largest_backward(
+    axes: tuple[int, int], residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array]:
+    x, most = residuals
+    chosen = x == jnp.expand_dims(most, axes)
+    part = gradient / jnp.sum(chosen.astype(gradient.dtype), axes)
+    return (jnp.where(chosen, jnp.expand_dims(part, axes), jnp.zeros((), gradient.dtype)),)
+
+
+largest.defvjp(_largest_forward, _largest_backward)
 
 
 def _upsample_fold() -> np.ndarray:

@@ -24,6 +24,7 @@ class Decoder(nn.Module):
       units: of these layers.
       depth: channels of the stages are 4, 4, 3 and 2 times this.
       dtype: compute dtype.
+      group: images of a group on a CPU, see `Conv`.
     """
 
     specs: Mapping[str, ArraySpec]
@@ -34,6 +35,7 @@ class Decoder(nn.Module):
     units: int
     depth: int
     dtype: jnp.dtype
+    group: int = 0
 
     def setup(self) -> None:
         """Creates `mlp`, `output_<name>` and the image layers, where the observation needs them."""
@@ -53,11 +55,15 @@ class Decoder(nn.Module):
             self.from_stoch = Linear((2 * self.units,), cells, dtype=self.dtype)
             self.map_norm = RMSNorm(channels[0], self.dtype)
             self.conv = [
-                Conv(*pair, self.dtype) for pair in zip(channels, channels[1:], strict=False)
+                Conv(*pair, self.dtype, self.group)
+                for pair in zip(channels, channels[1:], strict=False)
             ]
             self.norm = [RMSNorm(features, self.dtype) for features in channels[1:]]
             self.image = Conv(
-                channels[-1], sum(self.specs[name].shape[-1] for name in images), self.dtype
+                channels[-1],
+                sum(self.specs[name].shape[-1] for name in images),
+                self.dtype,
+                self.group,
             )
 
     def __call__(self, deter: Array, stoch: Array) -> dict[str, Array]:

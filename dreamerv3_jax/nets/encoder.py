@@ -51,6 +51,7 @@ class Encoder(nn.Module):
       units: of these layers.
       depth: channels of the stages are 2, 3, 4 and 4 times this.
       dtype: compute dtype.
+      group: images of a group on a CPU, see `Conv`.
     """
 
     specs: Mapping[str, ArraySpec]
@@ -58,6 +59,7 @@ class Encoder(nn.Module):
     units: int
     depth: int
     dtype: jnp.dtype
+    group: int = 0
 
     def setup(self) -> None:
         """Creates `mlp` and the stages `conv_i`, `norm_i`, as far as the observation needs them."""
@@ -69,7 +71,8 @@ class Encoder(nn.Module):
             channels = [sum(self.specs[name].shape[-1] for name in images)]
             channels += [self.depth * multiple for multiple in STAGES]
             self.conv = [
-                Conv(*pair, self.dtype) for pair in zip(channels, channels[1:], strict=False)
+                Conv(*pair, self.dtype, self.group)
+                for pair in zip(channels, channels[1:], strict=False)
             ]
             self.norm = [RMSNorm(features, self.dtype) for features in channels[1:]]
 

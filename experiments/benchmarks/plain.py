@@ -32,6 +32,12 @@ def _window_max_pool(x: Any) -> Any:
     return jax.lax.reduce_window(x, -np.inf, jax.lax.max, shape, shape, 'VALID')
 
 
+def _convolve(x: Any, kernel: Any, group: int) -> Any:
+    from dreamerv3_jax.nets import convolutions
+
+    return convolutions.convolve(x, kernel)
+
+
 def _pooled(conv: Any, x: Any) -> Any:
     from dreamerv3_jax.nets import convolutions
 
@@ -96,6 +102,11 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
         'nets.convolutions',
         'Conv.upsampled',
         _upsampled,
+    ),
+    'gradients of kernels from groups of images': (
+        'nets.convolutions',
+        'convolve_in_groups',
+        _convolve,
     ),
     "gradients of the scan's parameters in one batch": (
         'rssm',

@@ -5,16 +5,15 @@ python -m experiments.benchmarks.profile_update [--size=size1m] [--kind='images 
 All is summed over the cores. `least` is what the operations would take at the peaks of a core,
 which are measured in the same process: each the longer of its products at the peak of a large
 product, and of its operands and results at the bandwidth of memory. Caches are faster than memory,
-so that a part may need less. Convolutions stay in the thread that calls them, where the trace sees
-them; updates from images take 1.05 times as long so. What operations leave of the time is a part of
-its own, when cores do nothing, or what is not traced. --output=FILE writes the table of parts there, as markdown.
+so that a part may need less. What operations leave of the time is a part of its own: on CPUs that
+is where convolutions are, which run in threads that are not traced. --output=FILE writes the table
+of parts there, as markdown.
 """
 
 import argparse
 import collections
 import gzip
 import json
-import os
 import pathlib
 import tempfile
 import time
@@ -137,7 +136,6 @@ def main() -> None:
     from dreamerv3_jax import startup
 
     startup.tune_cpu()
-    os.environ['XLA_FLAGS'] += ' --xla_cpu_multi_thread_eigen=false'
 
     import jax
 
@@ -157,7 +155,7 @@ def main() -> None:
         operations[f'{count:.0f} x {name} {cost.where[-70:]}'] = work
     traced = sum((work for work in parts.values()), Work(0, 0, 0, 0))
     whole = traced._replace(seconds=cores * seconds / options.updates)
-    parts['not in the trace'] = Work(whole.seconds - traced.seconds, 0, 0, 0)
+    parts['not traced (convolutions, or nothing)'] = Work(whole.seconds - traced.seconds, 0, 0, 0)
 
     def longest(works: dict[str, Work]) -> list[tuple[str, Work]]:
         return sorted(works.items(), key=lambda item: -item[1].seconds)
