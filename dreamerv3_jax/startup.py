@@ -150,9 +150,9 @@ def return_memory() -> None:
     """Gives memory that was freed back to the system; compiling leaves a gigabyte of it.
 
     It lies in ten thousands of pieces, in which `malloc` would search for each buffer of an
-    update, for one thread at a time: updates would take 1.4 times as long. So those of 16 KB and
-    more are taken for good, without using the memory in them. Buffers come from the gigabyte behind
-    them then, in pages of 2 MB, of which there are fewer to be looked up.
+    update, for one thread at a time. So those of 16 KB and more are taken for good, without using
+    the memory in them. Buffers come from the gigabyte behind them then, in pages of 2 MB, of which
+    there are fewer to be looked up.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(_C_LIBRARY)

@@ -161,6 +161,31 @@ def test_costs_of_operations_by_hand():
     assert costs['dynamic-slice_bitcast_fusion'].size == 64 + 4 + 64
 
 
+def test_what_no_accelerator_should_do_is_found():
+    from experiments.benchmarks import accelerator
+
+    text = """HloModule jit_f
+
+ENTRY %main (a: f32[2,2], b: bf16[2,2]) -> f32[2,2] {
+  %a = f32[2,2]{1,0} parameter(0)
+  %b = bf16[2,2]{1,0} parameter(1)
+  LINES
+}
+"""
+    found = {
+        '%x = f32[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}': 'products of float32',
+        '%x = f64[2,2]{1,0} convert(%a)': 'float64',
+        '%x = f32[2]{0} gather(%a, %a), offset_dims={0}': 'gathers or scatters',
+        '%x = f32[2]{0} custom-call(%a), custom_call_target="xla_python_cpu_callback"': (
+            'calls of the host'
+        ),
+        '%x = f32[<=2]{0} set-dimension-size(%a, %a)': 'shapes known at run time only',
+        '%x = f32[2,2]{1,0} dot(%b, %b), lhs_contracting_dims={1}': None,
+    }
+    for line, what in found.items():
+        assert accelerator.unwanted(text.replace('LINES', line)) == ({what: 1} if what else {})
+
+
 def test_the_page_on_speed_shows_what_was_measured():
     from experiments.benchmarks import measure, plain
 
@@ -168,7 +193,9 @@ def test_the_page_on_speed_shows_what_was_measured():
     results = json.loads((folder / 'results.json').read_text())
     assert list(results['cases']) == list(measure.CASES)
     assert measure.table(results) == (folder / 'results.md').read_text()
-    for name in ('results', 'profile_vectors', 'profile_images', 'plain_vectors', 'plain_images'):
+    for name in (
+        'results', 'profile_vectors', 'profile_images', 'plain_vectors', 'plain_images',
+    ):  # fmt: skip
         assert (folder / f'{name}.md').read_text() in page
     for kind in ('vectors', 'images 64x64x3'):
         table = (folder / f'plain_{kind.split()[0]}.md').read_text()

@@ -104,7 +104,7 @@ def random_batch(agent: Any) -> Any:
 
 
 def times_of_updates(
-    agent: Any, state: Any, runs: int, before_each: Callable[[], Any] = lambda: None
+    agent: Any, state: Any, runs: int, before_each: Callable[[], Any] | None = None
 ) -> tuple[Any, list[float]]:
     """The state after updates from one batch, and the seconds that each took."""
     import jax
