@@ -43,7 +43,7 @@ def times_of(
 ) -> list[float]:
     """Seconds per call over `runs`, each the mean of `repeat` calls, after two that warm up.
 
-    One more warms up after each call of `before_each`: the first call after anything else is slower.
+    So does one after each call of `before_each`: the first after anything else is slower.
     """
     function()
     function()
