@@ -216,7 +216,7 @@ def check_shapes(values, checked=[]):  # noqa: B006
 
 @pytest.mark.medium
 @hypothesis.settings(
-    max_examples=500,
+    max_examples=1000,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(

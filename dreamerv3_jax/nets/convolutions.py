@@ -11,21 +11,29 @@ from dreamerv3_jax.nets.layers import along_last, truncated_normal
 from dreamerv3_jax.types import Array
 
 MANY_CHANNELS = 16  # fewer of them leave registers and matrix units half empty
+_DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
 def convolve(x: Array, kernel: Array) -> Array:
     """Stride 1, same padding: [N, H, W, n], [k, k, n, m] -> [N, H, W, m]."""
-    dimensions = ('NHWC', 'HWIO', 'NHWC')
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=dimensions)
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=_DIMENSIONS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve_in_groups(x: Array, kernel: Array, group: int) -> Array:
-    """`convolve` for a CPU, whose gradient reads groups of images; `group` divides N.
+    """`convolve` for a CPU, whose gradient reads groups of images.
 
     The gradient of a kernel is a convolution whose features are the N images, so that XLA gathers
     each pixel from all of them, far apart in memory. Here the features are the images of a group,
     and the groups stand on top of each other as one tall image, with rows of zeros in between.
+
+    Args:
+      x: [N, H, W, n].
+      kernel: [k, k, n, m], of an odd k.
+      group: number of images, which divides N.
+
+    Returns:
+      [N, H, W, m].
     """
     return convolve(x, kernel)
 
@@ -49,9 +57,8 @@ def _convolve_backward(
     tall_x = groups(x).transpose(4, 0, 2, 3, 1).reshape(inputs, -1, width, group)
     tall_gradient = groups(gradient).transpose(0, 2, 3, 1, 4).reshape(-1, width, group, features)
     kernel_gradient = jax.lax.conv_general_dilated(
-        tall_x, tall_gradient, (1, 1), ((margin, margin),) * 2,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    )  # fmt: skip
+        tall_x, tall_gradient, (1, 1), ((margin, margin),) * 2, dimension_numbers=_DIMENSIONS
+    )
     return *backward(gradient), kernel_gradient.transpose(1, 2, 0, 3)
 
 
@@ -138,6 +145,7 @@ def max_pool(x: Array) -> Array:
 def largest(x: Array, axes: tuple[int, int]) -> Array:
     """The maximum over two axes of size 2, whose gradient goes in equal parts to all that are it.
 
+    [N, H, W, 2, 2, C] with axes (3, 4), or [N, H, 2, W, 2, C] with axes (2, 4), -> [N, H, W, C].
     As slices, which a CPU is much faster with than with windows. The gradient of `jnp.maximum`
     would decide each pair by itself, with a division each.
     """
