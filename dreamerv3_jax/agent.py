@@ -230,7 +230,9 @@ class Agent:
             out_shardings=(state_sharding, batch_sharding, sharding.replicated(self.mesh)),
             donate=1,
         )
-        startup.return_memory()
+        analysis = self._compiled_update.memory_analysis()
+        buffers = [analysis.temp_size_in_bytes] * len(self.mesh.local_devices) if analysis else ()
+        startup.return_memory(buffers)
 
     def send(self, batch: Batch) -> Batch:
         """Starts to place a batch on the devices, for `update`. Where there are many hosts, each

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from dreamerv3_jax.errors import UserError
@@ -24,6 +25,10 @@ _MALLOC_OPTIONS = (
 )
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of sys/mman.h
 _one_heap = False  # whether they are in force
+# What is left of a large buffer's place has more room than the place of all others, so that these
+# do not come into it.
+_OTHERS = 2**28
+_MORE_THAN_OTHERS = 2**28 + 2**26
 # A core that waits for another one ends the process after a minute, so also one that was suspended
 # for that long; with these it waits.
 _PATIENT = (
@@ -146,32 +151,48 @@ def _tune_malloc() -> None:
         _one_heap = True
 
 
-def return_memory() -> None:
+def return_memory(buffers: Sequence[int] = ()) -> None:
     """Gives memory that was freed back to the system; compiling leaves a gigabyte of it.
 
-    It lies in ten thousands of pieces, in which `malloc` would search for each buffer of an
-    update, for one thread at a time. So those of 16 KB and more are taken for good, without using
-    the memory in them. Buffers come from the gigabyte behind them then, in pages of 2 MB, of which
-    there are fewer to be looked up.
+    It lies in hundred thousands of pieces. `malloc` would search the large ones for each buffer of
+    an update, and hand out the small ones in turn, so that each is far from the last and in no
+    cache, for one thread at a time. So all are taken for good, without using the memory in them.
+    What comes lies behind them, in pages of 2 MB, of which there are fewer to be looked up.
+
+    Args:
+      buffers: bytes of each large buffer that the update will take and free again. Each gets a
+        place, in which it is not followed by others that stay: a hole would be left that is too
+        small for the next one.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(_C_LIBRARY)
         library.malloc_trim(0)
         if _one_heap:
+            library.malloc.restype = ctypes.c_void_p
+            library.malloc.argtypes = [ctypes.c_size_t]
+            library.free.argtypes = [ctypes.c_void_p]
             _take_pieces(library)
+            _make_places(library, [_OTHERS, *(size + _MORE_THAN_OTHERS for size in buffers)])
 
 
 def _take_pieces(library: ctypes.CDLL) -> None:
-    library.malloc.restype = ctypes.c_void_p
-    library.malloc.argtypes = [ctypes.c_size_t]
-    library.free.argtypes = [ctypes.c_void_p]
     end = library.malloc(2**30)  # fits into no piece, so it comes from the end of the heap
-    if end:
-        first = -(-end // 2**21) * 2**21
-        library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end + 2**30 - first), _HUGE_PAGES)
-    library.malloc(2**15)  # a bound: what is small stays before it, out of holes of gigabytes
     library.free(end)
-    for bits in range(26, 13, -1) if end else ():
-        while (piece := library.malloc(2**bits)) and piece < end:
+    for bits in range(26, 4, -1) if end else ():
+        while (piece := library.malloc(2**bits - 8)) and piece < end:  # 8 more for its size
             pass
         library.free(piece)
+
+
+def _make_places(library: ctypes.CDLL, sizes: Sequence[int]) -> None:
+    """Frees areas of these sizes that stay apart. `malloc` takes the smallest that is left."""
+    places = []
+    for size in sizes:
+        if start := library.malloc(size):
+            first = -(-start // 2**21) * 2**21
+            huge = ctypes.c_void_p(first), ctypes.c_size_t(start + size - first)
+            library.madvise(*huge, _HUGE_PAGES)
+            places.append(start)
+        library.malloc(2**15)  # stays between this one and the next
+    for start in places:
+        library.free(start)

@@ -38,7 +38,7 @@ def check_memory(folder):
 
     config = tiny_runs.run_config('toy_envs:Camera', replay__capacity=400)
     config.replay.train_ratio = 0.32  # an update every hundred steps
-    config.run.update(steps=2400, checkpoint_every=1.0, log_every=0.1)
+    config.run.update(steps=3200, checkpoint_every=1.0, log_every=0.1)
     found = memory_flat.measure(config, folder)
     assert len(found) == memory_flat.POINTS + 1
     assert memory_flat.growth(found) < 0.02, found
