@@ -6,9 +6,10 @@ python -m experiments.benchmarks.measure [CASE ...] --compare
 Every case runs in a process of its own, beside nothing else, please: all cores are used. A figure
 is the median of its runs with the least and the greatest in brackets. The machine's peak is that of
 a float32 matrix product of 2048 cubed (the best of 10), measured before each run of an update, as
-machines drift; the share is that of the medians. Operations are those of the program as it is. The
-peak of memory holds that of compiling; behind it stands that of a second process, which finds the
-program in the cache as later starts of a run do. Without cases, all of them are measured.
+machines drift; the share is that of the medians. Operations are those of the program as it is. An
+update is measured where it has just been compiled, whose peak of memory is in it, and later, in a
+second process, which finds the program in the cache as later starts of a run do. Without cases, all
+of them are measured.
 
 --compare writes nothing. It measures, compares with the committed results, and fails when an update
 or the loop takes 15% longer, relative to the peak of each run, or anything else half as long again.
@@ -290,8 +291,6 @@ def table(results: dict[str, Any]) -> str:
                 cells[0] += f', {statistics.median(values) / alone:.3f} times its update alone'
             if 'peak gigabytes' in result:
                 cells[4] = f'{result["peak gigabytes"]:.2f} GB'
-            if 'later peak gigabytes' in result:
-                cells[4] += f', later {result["later peak gigabytes"]:.2f} GB'
             lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
@@ -318,14 +317,18 @@ def compare(cases: dict[str, Any], baseline: dict[str, Any]) -> bool:
     return good
 
 
-def measured(case: str, runs: int) -> dict[str, Any]:
-    """A case in a process of its own; an update also from the cache of compiled programs."""
+def names(case: str) -> list[str]:
+    """Under which a case is in the results: an update is measured in two processes."""
+    return [case, f'{case}, later'] if case.startswith('update') else [case]
+
+
+def measured(case: str, runs: int) -> dict[str, dict[str, Any]]:
+    """A case, each time in a process of its own."""
     if not case.startswith('update'):
-        return in_process(case, runs)
+        return {case: in_process(case, runs)}
     with tempfile.TemporaryDirectory() as cache:
-        result = in_process(case, runs, JAX_COMPILATION_CACHE_DIR=cache)
-        later = in_process(case, 1, JAX_COMPILATION_CACHE_DIR=cache)
-    return {**result, 'later peak gigabytes': later['peak gigabytes']}
+        variables = {'JAX_COMPILATION_CACHE_DIR': cache}
+        return {name: in_process(case, runs, **variables) for name in names(case)}
 
 
 def in_process(case: str, runs: int, **variables: str) -> dict[str, Any]:
@@ -369,7 +372,7 @@ def main() -> None:
     }
     for case in chosen:
         print(f'{case} ...', flush=True)
-        cases[case] = measured(case, options.runs)
+        cases |= measured(case, options.runs)
         if not options.compare:  # each time, so that an interruption loses one case only
             (options.output / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
             (options.output / 'results.md').write_text(table(results))
