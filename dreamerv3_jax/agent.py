@@ -230,8 +230,10 @@ class Agent:
             out_shardings=(state_sharding, batch_sharding, sharding.replicated(self.mesh)),
             donate=1,
         )
-        analysis = self._compiled_update.memory_analysis()
-        buffers = [analysis.temp_size_in_bytes] * len(self.mesh.local_devices) if analysis else ()
+        buffers: list[int] = []
+        if self.mesh.devices.flat[0].platform == 'cpu':  # one for all temporaries of each device
+            temporaries = self._compiled_update.memory_analysis().temp_size_in_bytes
+            buffers = [temporaries] * len(self.mesh.local_devices)
         startup.return_memory(buffers)
 
     def send(self, batch: Batch) -> Batch:

@@ -25,10 +25,6 @@ _MALLOC_OPTIONS = (
 )
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of sys/mman.h
 _one_heap = False  # whether they are in force
-# What is left of a large buffer's place has more room than the place of all others, so that these
-# do not come into it.
-_OTHERS = 2**28
-_MORE_THAN_OTHERS = 2**28 + 2**26
 # A core that waits for another one ends the process after a minute, so also one that was suspended
 # for that long; with these it waits.
 _PATIENT = (
@@ -66,6 +62,7 @@ def prepare_plan(kind: str, count: int) -> None:
     Raises:
       UserError: the compiler for TPUs is missing.
     """
+    global _one_heap
     if kind != 'cpu' and importlib.util.find_spec('libtpu') is None:
         pinned = [x for x in importlib.metadata.requires('jax') or () if x.startswith('libtpu')]
         package = pinned[0].partition(';')[0].strip() if pinned else 'libtpu'
@@ -76,6 +73,7 @@ def prepare_plan(kind: str, count: int) -> None:
     if kind == 'cpu':
         os.environ['JAX_NUM_CPU_DEVICES'] = str(count)
         tune_cpu()
+        _one_heap = False  # nothing will run
     else:  # no TPU is looked for, nor complained of, and others may hold the compiler too
         os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
         os.environ |= {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4'}
@@ -154,10 +152,11 @@ def _tune_malloc() -> None:
 def return_memory(buffers: Sequence[int] = ()) -> None:
     """Gives memory that was freed back to the system; compiling leaves a gigabyte of it.
 
-    It lies in hundred thousands of pieces. `malloc` would search the large ones for each buffer of
-    an update, and hand out the small ones in turn, so that each is far from the last and in no
-    cache, for one thread at a time. So all are taken for good, without using the memory in them.
-    What comes lies behind them, in pages of 2 MB, of which there are fewer to be looked up.
+    It lies in hundreds of thousands of pieces. `malloc` would search the large ones for each buffer
+    of an update, and hand out the small ones in turn, so that each is far from the last and in no
+    cache, for one thread at a time. So all are taken for good, without using the memory in them but
+    for a few bytes. What comes lies behind, in pages of 2 MB, of which there are fewer to be looked
+    up.
 
     Args:
       buffers: bytes of each large buffer that the update will take and free again. Each gets a
@@ -168,18 +167,22 @@ def return_memory(buffers: Sequence[int] = ()) -> None:
         library = ctypes.CDLL(_C_LIBRARY)
         library.malloc_trim(0)
         if _one_heap:
-            library.malloc.restype = ctypes.c_void_p
+            library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
             library.malloc.argtypes = [ctypes.c_size_t]
             library.free.argtypes = [ctypes.c_void_p]
             _take_pieces(library)
-            _make_places(library, [_OTHERS, *(size + _MORE_THAN_OTHERS for size in buffers)])
+            # What is left beside a large buffer is larger than the place of all others, so that
+            # these fill their own first, and too small for a second large buffer.
+            others = max(2**28, max(buffers, default=0) * 3 // 5)
+            _make_places(library, [others, *(size + others + 2**26 for size in buffers)])
 
 
 def _take_pieces(library: ctypes.CDLL) -> None:
-    end = library.malloc(2**30)  # fits into no piece, so it comes from the end of the heap
-    library.free(end)
-    for bits in range(26, 4, -1) if end else ():
-        while (piece := library.malloc(2**bits - 8)) and piece < end:  # 8 more for its size
+    """Takes what is free in the heap as it is now, the largest powers of two first."""
+    end = library.sbrk(0)
+    for bits in range(30, 4, -1):
+        # With the 8 bytes that `malloc` puts before each piece it is a power of two.
+        while (piece := library.malloc(2**bits - 8)) and piece < end:
             pass
         library.free(piece)
 

@@ -18,7 +18,9 @@ from dreamerv3_jax.presets import load_config
 
 CAPACITY = 20_000
 POINTS = 50
-WARM = 3  # times the replay was filled when memory is first looked at
+# How often the replay was filled when memory is first looked at. The first updates, logs and
+# checkpoints take what later ones find.
+WARM = 3
 
 
 def config(steps: int) -> Any:
@@ -71,6 +73,8 @@ def growth(found: list[tuple[int, int]]) -> float:
 
 def main() -> None:
     steps = int(float(sys.argv[1])) if len(sys.argv) > 1 else 200_000
+    if steps < 2 * WARM * CAPACITY:
+        sys.exit(f'Memory is looked at from {WARM * CAPACITY:,} steps on; give twice as many.')
     startup.prepare()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(config(steps), Path(folder))

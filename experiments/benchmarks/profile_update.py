@@ -2,8 +2,6 @@
 
 python -m experiments.benchmarks.profile_update [--size=size1m] [--kind='images 64x64x3']
 
-Start it twice: after compiling, a process is slower than one that finds the program in the cache.
-
 All is summed over the cores. `least` is what the operations would take at the peaks of a core,
 which are measured in the same process: each the longer of its products at the peak of a large
 product, and of its operands and results at the bandwidth of memory. Caches are faster than memory,
