@@ -230,10 +230,9 @@ class Agent:
             out_shardings=(state_sharding, batch_sharding, sharding.replicated(self.mesh)),
             donate=1,
         )
-        buffers: list[int] = []
-        if self.mesh.devices.flat[0].platform == 'cpu':  # one for all temporaries of each device
-            temporaries = self._compiled_update.memory_analysis().temp_size_in_bytes
-            buffers = [temporaries] * len(self.mesh.local_devices)
+        stats = self._compiled_update.memory_analysis()  # None where a platform has none
+        # One buffer for all temporaries of each device.
+        buffers = [stats.temp_size_in_bytes] * len(self.mesh.local_devices) if stats else []
         startup.return_memory(buffers)
 
     def send(self, batch: Batch) -> Batch:

@@ -7,9 +7,9 @@ Every case runs in a process of its own, beside nothing else, please: all cores 
 is the median of its runs with the least and the greatest in brackets. The machine's peak is that of
 a float32 matrix product of 2048 cubed (the best of 10), measured before each run of an update, as
 machines drift; the share is that of the medians. Operations are those of the program as it is. An
-update is measured twice: in a process that compiles it, whose peak of memory is the compiler's too,
-and "later" in one that finds it in the cache, as later starts of a run do. Without cases, all of
-them are measured.
+update is measured twice: in a process that compiles it, whose peak of memory (until its second
+update) is the compiler's too, and "later" in one that finds it in the cache, as later starts of a
+run do. Without cases, all of them are measured.
 
 --compare writes nothing. It measures, compares with the committed results, and fails when an update
 or the loop takes 15% longer, relative to the peak of each run, or anything else half as long again.
