@@ -144,7 +144,7 @@ def test_small_buffers_stay_out_of_the_holes_of_large_ones():
         'library.free.argtypes = [ctypes.c_void_p]\n'
         'startup.return_memory([10**9])\n'
         'large = library.malloc(10**9)\n'
-        'stays = library.malloc(30_000_000)\n'
+        'stays = library.malloc(300_000_000)\n'
         'library.free(large)\n'
         'again = library.malloc(10**9)\n'
         'print(again == large, stays < large)\n'
