@@ -117,8 +117,8 @@ def test_freed_memory_is_returned():
     assert tuned(code) == 'True\n'
 
 
-@pytest.mark.parametrize('size', [40_000, 2_000, 200])
-def test_pieces_of_the_heap_are_taken(size):
+@pytest.mark.parametrize(('size', 'least'), [(40_000, 100), (2_000, 100), (200, 90)])
+def test_pieces_of_the_heap_are_taken(size, least):
     """What `malloc` returns afterwards lies behind all that was freed before."""
     code = (
         "library = ctypes.CDLL('libc.so.6')\n"
@@ -129,10 +129,10 @@ def test_pieces_of_the_heap_are_taken(size):
         'for piece in pieces[::2]:\n'
         '    library.free(piece)\n'
         'def behind():\n'
-        '    return sum(library.malloc(size) > max(pieces) for _ in range(100))\n'
+        '    return sum(library.malloc(size * 3 // 4) > max(pieces) for _ in range(100))\n'
         'before = behind()\n'
         'startup.return_memory()\n'
-        'print(before < 50, behind() > 90)\n'  # Python itself frees some on the way
+        f'print(before < 50, behind() >= {least})\n'  # Python itself frees small ones on the way
     )
     assert tuned(code) == 'True True\n'
 

@@ -323,9 +323,7 @@ def names(case: str) -> list[str]:
 
 
 def measured(case: str, runs: int) -> dict[str, dict[str, Any]]:
-    """A case, each time in a process of its own."""
-    if not case.startswith('update'):
-        return {case: in_process(case, runs)}
+    """A case, each time in a process of its own; the second finds the programs of the first."""
     with tempfile.TemporaryDirectory() as cache:
         variables = {'JAX_COMPILATION_CACHE_DIR': cache}
         return {name: in_process(case, runs, **variables) for name in names(case)}
