@@ -75,6 +75,16 @@ def measured_peak() -> float:
     return 2 * 2048**3 / min(times_of(_product(), 10)) / 1e9
 
 
+@functools.cache
+def _gather() -> Callable[[], Any]:
+    """Gathers 4 MB, in rows of 4 KB, from half a gigabyte."""
+    import numpy as np
+
+    memory = np.ones((2**17, 4096), np.uint8)
+    rows = np.random.default_rng(0).integers(0, len(memory), 1024)
+    return lambda: memory[rows]
+
+
 class Machine:
     """The machine's peak at several times, and the process's peak of memory before the first.
 
@@ -85,6 +95,7 @@ class Machine:
     def __init__(self) -> None:
         _product()
         self.gflops: list[float] = []
+        self.gathers: list[float] = []  # GB/s
         self.gigabytes = 0.0
 
     def measure(self) -> None:
@@ -92,3 +103,8 @@ class Machine:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             self.gigabytes = usage.ru_maxrss * 1024 / 1e9
         self.gflops.append(measured_peak())
+
+    def measure_with_memory(self) -> None:
+        """Measures how fast rows are gathered from memory as well."""
+        self.measure()
+        self.gathers.append(2**22 / min(times_of(_gather(), 10)) / 1e9)
