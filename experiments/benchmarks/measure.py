@@ -171,10 +171,10 @@ def measure_replay(kind: str, runs: int, machine: Machine) -> dict[str, Any]:
     step |= {name: np.zeros(streams, bool) for name in ('is_first', 'is_last', 'is_terminal')}
     for _ in range(100_000 // streams):
         replay.add(step)
-    measure = machine.measure_with_memory
+    before_each = machine.measure_with_memory
     return {
-        'insert seconds': times_of(lambda: replay.add(step), runs, 100, measure),
-        'sample seconds': times_of(replay.sample, runs, 20, measure),
+        'insert seconds': times_of(lambda: replay.add(step), runs, 100, before_each),
+        'sample seconds': times_of(replay.sample, runs, 20, before_each),
         'machine gathers': machine.gathers,
     }
 
@@ -301,8 +301,8 @@ def table(results: dict[str, Any]) -> str:
 def compare(cases: dict[str, Any], baseline: dict[str, Any]) -> bool:
     """Prints ratios to the baseline; returns whether none is too great.
 
-    Ratios are those of medians, divided by how much slower the machine was: its products, or what
-    is measured of it beside them, whichever fell more.
+    Ratios are those of medians, divided by how much slower the machine was: its products, or its
+    memory where that is measured too, whichever fell more.
     """
     good = True
     for case, result in cases.items():
