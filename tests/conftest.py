@@ -102,6 +102,16 @@ def picture():
 
 
 @pytest.fixture
+def qt():
+    """Skips where ProcGen's games find no Qt 5 libraries."""
+    envpool = pytest.importorskip('envpool')
+    try:
+        envpool.make_spec('CoinrunHard-v0')
+    except ImportError as error:
+        pytest.skip(f'no Qt: {error}')
+
+
+@pytest.fixture
 def trained(monkeypatch):
     """Replaces the training loop; returns the list of its (config, logdir, preset)."""
     calls = []

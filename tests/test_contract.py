@@ -86,6 +86,8 @@ def case(request, tmp_path, monkeypatch):
             importlib.import_module('Box2D')
     if 'vision' in case.kwargs:
         request.getfixturevalue('picture')
+    if case.id.startswith('procgen/'):
+        request.getfixturevalue('qt')
     monkeypatch.chdir(tmp_path)  # some packages write files
     return case
 

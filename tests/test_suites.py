@@ -352,10 +352,12 @@ class TestCrafter:
         if '/' in presets.load_config(name).env.id
     ],
 )
-def test_presets_make_their_environments(preset):
+def test_presets_make_their_environments(preset, request):
     config = presets.load_config(preset).env
     if importlib.util.find_spec(SUITES[config.id.partition('/')[0]].package) is None:
         pytest.skip(f'{config.id} is not installed')
+    if preset == 'procgen':
+        request.getfixturevalue('qt')
     config.num_envs = 1
     with envs.make(config, 0) as env:
         records = env.reset()

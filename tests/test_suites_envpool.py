@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -174,17 +175,8 @@ def test_a_run_and_its_evaluation(tmp_path, quick_compilation):
     assert result['returns'] == [float(length) for length in result['lengths']]
 
 
+@pytest.mark.usefixtures('qt')
 class TestProcGen:
-    """Needs the Qt 5 libraries of the system."""
-
-    @pytest.fixture(autouse=True)
-    def package(self):
-        envpool = pytest.importorskip('envpool')
-        try:
-            envpool.make_spec('CoinrunHard-v0')
-        except ImportError as error:
-            pytest.skip(f'no Qt: {error}')
-
     @pytest.mark.parametrize('name', ['coinrun', 'starpilot'])
     def test_contract(self, name):
         with make_pool(f'procgen/{name}', num_envs=8) as env:
@@ -231,12 +223,14 @@ class TestProcGen:
         with pytest.raises(UserError, match='use env.repeat=1'):
             make_pool('procgen/coinrun', repeat=2)
 
-        def fail(*_):
-            raise ImportError('libQt5Gui.so.5: cannot open shared object file')
-
-        monkeypatch.setattr('envpool.make_spec', fail)
-        with pytest.raises(UserError, match='libQt5Gui.so.5; .* libqt5core5a libqt5gui5'):
-            make_pool('procgen/coinrun')
+        for error, words in [
+            ('libQt5Gui.so.5: cannot open shared object file', 'Qt 5; .* libqt5core5a libqt5gui5'),
+            ('EnvPool Procgen requires the system Qt 5 runtime', 'Qt 5; .* libqt5gui5.$'),
+            ('libGL.so.1: cannot open shared object file', 'the library libGL.so.1.$'),
+        ]:
+            monkeypatch.setattr('envpool.make_spec', Mock(side_effect=ImportError(error)))
+            with pytest.raises(UserError, match=f'needs {words}'):
+                make_pool('procgen/coinrun')
 
     def test_seeds(self):
         check_seeds('procgen/starpilot')

@@ -63,11 +63,10 @@ def make_vector(
         try:
             defaults = envpool.make_spec(name).config._asdict()
         except ImportError as error:
-            library = str(error).partition(':')[0]
-            debian = (
-                '; on Debian, apt-get install libqt5core5a libqt5gui5' if 'Qt5' in library else ''
-            )
-            raise UserError(f'envpool/{name} needs the library {library}{debian}.') from error
+            library = f'the library {str(error).partition(":")[0]}'
+            if 'Qt' in library:
+                library = 'Qt 5; on Debian, apt-get install libqt5core5a libqt5gui5'
+            raise UserError(f'envpool/{name} needs {library}.') from error
         if (players := defaults['max_num_players']) > 1:
             raise UserError(f'envpool/{name} has {players} players; choose an id that has one.')
         _check_options(name, options, [key for key in defaults if key not in _RESERVED])
