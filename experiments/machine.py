@@ -1,6 +1,7 @@
 """Where something is measured: the processor, the commit, how fast the machine is just then."""
 
 import functools
+import itertools
 import os
 import pathlib
 import platform
@@ -35,28 +36,13 @@ def measured_on() -> str:
     return f'Measured on {day}, commit {commit()}, with {processor()}, {os.cpu_count()} cores'
 
 
-def times_of(
-    function: Callable[[], Any],
-    runs: int,
-    repeat: int = 1,
-    before_each: Callable[[], Any] | None = None,
-) -> list[float]:
-    """Seconds per call over `runs`, each the mean of `repeat` calls, after two that warm up.
-
-    So does one after each call of `before_each`: the first after anything else is slower.
-    """
+def time_of(function: Callable[[], Any], repeat: int = 1) -> float:
+    """Seconds per call, the mean of `repeat`, after another: the first of them is slower."""
     function()
-    function()
-    result = []
-    for _ in range(runs):
-        if before_each:
-            before_each()
-            function()
-        start = time.perf_counter()
-        for _ in range(repeat):
-            function()
-        result.append((time.perf_counter() - start) / repeat)
-    return result
+    start = time.perf_counter()
+    for _ in range(repeat):
+        function()
+    return (time.perf_counter() - start) / repeat
 
 
 @functools.cache
@@ -70,41 +56,58 @@ def _product() -> Callable[[], Any]:
     return lambda: product(x).block_until_ready()
 
 
+def prepare_yardsticks() -> None:
+    """Comes before anything is compiled that is measured: what compiling leaves makes it slower."""
+    _product()
+
+
 def measured_peak() -> float:
-    """GFLOP/s of a float32 matrix product of 2048 cubed, the best of 10."""
-    return 2 * 2048**3 / min(times_of(_product(), 10)) / 1e9
+    """GFLOP/s of a float32 matrix product of 2048 cubed, the best of 5."""
+    product = _product()
+    return 2 * 2048**3 / min(time_of(product) for _ in range(5)) / 1e9
 
 
 @functools.cache
-def _gather() -> Callable[[], Any]:
-    """Gathers 4 MB, in rows of 4 KB, from half a gigabyte."""
+def _memory() -> tuple[Any, Any]:
+    """Half a gigabyte in rows of 4 KB, and place for an eighth of them."""
     import numpy as np
 
-    memory = np.ones((2**17, 4096), np.uint8)
-    rows = np.random.default_rng(0).integers(0, len(memory), 1024)
-    return lambda: memory[rows]
+    return np.ones((2**17, 4096), np.uint8), np.ones((2**14, 4096), np.uint8)
 
 
-class Machine:
-    """The machine's peak at several times, and the process's peak of memory before the first.
+def measured_gathers() -> float:
+    """GB/s of gathering 16,384 rows of 4 KB, other ones each time, from half a gigabyte."""
+    import numpy as np
 
-    Made before anything is compiled that is measured: what compiling leaves of the heap would make
-    it slower.
+    memory, gathered = _memory()
+    draws = iter(np.random.default_rng().permutation(len(memory)).reshape(-1, len(gathered)))
+
+    def gather() -> None:
+        np.take(memory, next(draws), axis=0, out=gathered, mode='clip')
+
+    return gathered.nbytes / min(time_of(gather) for _ in range(4)) / 1e9
+
+
+def peak_gigabytes() -> float:
+    """The most memory that the process has held at a time so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def beside(
+    yardsticks: dict[str, Callable[[], float]], function: Callable[[], Any], runs: int
+) -> tuple[list[Any], dict[str, list[float]]]:
+    """What a function returns each time, and how fast the machine was then, as machines drift.
+
+    A yardstick's value is the mean of those before and after the call. Calls end after `runs`, or
+    after 40 seconds, but not before the third.
     """
-
-    def __init__(self) -> None:
-        _product()
-        self.gflops: list[float] = []
-        self.gathers: list[float] = []  # GB/s
-        self.gigabytes = 0.0
-
-    def measure(self) -> None:
-        if not self.gflops:
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            self.gigabytes = usage.ru_maxrss * 1024 / 1e9
-        self.gflops.append(measured_peak())
-
-    def measure_with_memory(self) -> None:
-        """Measures how fast rows are gathered from memory as well."""
-        self.measure()
-        self.gathers.append(2**22 / min(times_of(_gather(), 10)) / 1e9)
+    results: list[Any] = []
+    values = [[yardstick() for yardstick in yardsticks.values()]]
+    start = time.perf_counter()
+    while len(results) < min(runs, 3 if time.perf_counter() - start > 40 else runs):
+        results.append(function())
+        values.append([yardstick() for yardstick in yardsticks.values()])
+    means = [
+        [(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(values)
+    ]
+    return results, dict(zip(yardsticks, map(list, zip(*means, strict=True)), strict=True))

@@ -63,30 +63,60 @@ def test_scans_are_unrolled_and_unknown_lengths_refused():
 
 
 def test_everything_is_compared_relative_to_the_machine():
-    from experiments.benchmarks import measure
+    from experiments.benchmarks import results
 
-    before = {'seconds': [1.0, 1.0, 1.0], 'machine gflops': [90.0, 100.0, 300.0]}
-    gathers = {'machine gathers': [10.0]}
-    slower, half_as_long = ({'seconds': [seconds] * 3} for seconds in (1.2, 1.6))
-    slower_machine, slower_memory = {'machine gflops': [80.0]}, {'machine gathers': [6.0]}
-    for case, result, good in (
-        ('update', {}, True),
-        ('update', slower, False),
-        ('update', slower | slower_machine, True),
-        ('policy', slower, True),
-        ('policy', half_as_long, False),
-        ('policy', half_as_long | slower_machine, True),
-        ('replay', half_as_long | gathers, False),
-        ('replay', half_as_long | slower_memory, True),
-        ('replay', half_as_long | slower_machine | gathers, True),
+    def result(seconds, gflops=100.0, gathers=None):
+        memory = {} if gathers is None else {'machine gathers': [gathers] * 3}
+        return {'seconds': [seconds] * 3, 'machine gflops': [gflops] * 3, **memory}
+
+    for case, after, good in (
+        ('update', result(1.14), True),
+        ('update', result(1.16), False),
+        ('update', result(1.2, gflops=80), True),
+        ('update', result(0.9, gflops=130), False),  # a faster machine hides nothing
+        ('loop', result(1.2), False),
+        ('policy', result(1.2), True),
+        ('policy', result(1.6), False),
+        ('policy', result(1.6, gflops=80), True),
+        ('start', result(1.6), False),
+        ('replay', result(1.6, gathers=10), False),
+        ('replay', result(1.6, gathers=6), True),
+        ('replay', result(1.6, gflops=80, gathers=10), True),
+        ('replay', result(0.9, gflops=180, gathers=18), False),
     ):
-        baseline = {'cases': {case: before | gathers}}
-        assert measure.compare({case: before | result}, baseline) == good, (case, result)
+        before = result(1.0, gathers=10 if case == 'replay' else None)
+        assert results.compare({case: after}, {'cases': {case: before}}) == good, (case, after)
+
+
+def test_each_run_is_relative_to_the_machine_around_it():
+    from experiments import machine
+    from experiments.benchmarks import results
+
+    peaks = iter([100.0, 300.0, 50.0, 150.0])
+    seconds, yardsticks = machine.beside({'machine gflops': lambda: next(peaks)}, lambda: 2.0, 3)
+    assert seconds == [2.0] * 3 and yardsticks == {'machine gflops': [200.0, 175.0, 100.0]}
+    assert results.work({'seconds': seconds, **yardsticks}, 'machine gflops') == 350.0
+
+
+def test_memory_is_gathered_from_places_that_no_cache_holds(monkeypatch):
+    import numpy as np
+
+    from experiments import machine
+
+    drawn = []
+    monkeypatch.setattr(np, 'take', lambda memory, rows, **_: drawn.append(rows))
+    assert machine.measured_gathers() > 0
+    memory, gathered = machine._memory()
+    assert memory.nbytes == 2**29 and gathered.nbytes == 2**26
+    machine._memory.cache_clear()
+    assert len(np.unique(np.concatenate(drawn))) == len(memory)  # no row twice
 
 
 @pytest.mark.medium
 def test_a_case_is_measured_and_written(tmp_path):
-    command = [*MEASURE, 'policy size1m vectors 1', '--runs=2', f'--output={tmp_path}']
+    from experiments import machine
+
+    command = [*MEASURE, 'policy size1m vectors 1', '--runs=2', f'--results={tmp_path}']
     result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
@@ -95,6 +125,12 @@ def test_a_case_is_measured_and_written(tmp_path):
     assert len(case['seconds']) == 2 and case['peak gigabytes'] > 0.1
     assert len(case['machine gflops']) == 2 and min(case['machine gflops']) > 1
     assert '| policy size1m vectors 1 |' in (tmp_path / 'results.md').read_text()
+    other = (tmp_path / 'results.json').read_text().replace(machine.processor(), 'another one')
+    (tmp_path / 'results.json').write_text(other)
+    result = subprocess.run(
+        [*command, '--compare'], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1 and 'results.json is of another one' in result.stderr
 
 
 @pytest.mark.parametrize('arguments', [['updat'], ['start cold']])
@@ -102,7 +138,7 @@ def test_what_cannot_be_measured_is_refused_first(arguments):
     result = subprocess.run(
         [*MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert result.returncode and ('invalid choice' in result.stderr or '--output' in result.stderr)
+    assert result.returncode and ('invalid choice' in result.stderr or '--results' in result.stderr)
     assert 'Traceback' not in result.stderr
 
 
@@ -195,13 +231,14 @@ ENTRY %main (a: f32[2,2], b: bf16[2,2]) -> f32[2,2] {
 
 def test_the_page_on_speed_shows_what_was_measured():
     from experiments.benchmarks import measure, plain
+    from experiments.benchmarks import results as report
 
     folder, page = ROOT / 'experiments/benchmarks', (ROOT / 'docs/speed.md').read_text()
     results = json.loads((folder / 'results.json').read_text())
     assert list(results['cases']) == [
         name for case in measure.CASES for name in measure.names(case)
     ]
-    assert measure.table(results) == (folder / 'results.md').read_text()
+    assert report.table(results) == (folder / 'results.md').read_text()
     for name in (
         'results', 'profile_vectors', 'profile_images', 'accelerator', 'plain_vectors',
         'plain_images',

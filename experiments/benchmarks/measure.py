@@ -1,29 +1,31 @@
 """Measures speed and memory on this machine; writes results.json and results.md beside this file.
 
-python -m experiments.benchmarks.measure [CASE ...] [--runs=15] [--output=FOLDER]
-python -m experiments.benchmarks.measure [CASE ...] --compare
+python -m experiments.benchmarks.measure [CASE ...] [--runs=15] [--results=FOLDER]
+python -m experiments.benchmarks.measure [CASE ...] --compare [--results=FOLDER]
 
 Every case runs in a process of its own, beside nothing else, please: all cores are used. A figure
-is the median of its runs with the least and the greatest in brackets. The machine's peak is that of
-a float32 matrix product of 2048 cubed (the best of 10), measured before each run, as machines
-drift; the share is that of the medians. Operations are those of the program as it is. An
-update is measured twice: in a process that compiles it, whose peak of memory (until its second
-update) is the compiler's too, and "later" in one that finds it in the cache, as later starts of a
-run do. Without cases, all of them are measured.
+is the median of its runs with the least and the greatest in brackets: `--runs` of them, or as many
+as end within 40 seconds, but three at least. The machine's peak is that of a float32 matrix product
+of 2048 cubed (the best of 5), measured before and after each run, as machines drift; a share is
+that of the peak around its run. Operations are those of the program as it is. An update is measured
+twice: in a process that compiles it, whose peak of memory (until its second update) is the
+compiler's too, and "later" in one that finds it in the cache, as later starts of a run do. Without
+cases, all of them are measured.
 
---compare writes nothing. It measures, compares with the committed results, and fails when an update
-or the loop takes 15% longer, relative to the peaks of both, or anything else half as long again.
-The replay waits for memory more than for products, and memory drifts too, so it must be slower
-relative to how fast rows are gathered from half a gigabyte as well.
+--compare writes nothing. It measures, compares with the results in the folder, those that are
+committed by default, and fails when an update or the loop takes 15% longer relative to the peak, or
+anything else half as long again. The replay waits for memory more than for products, so it fails
+only if it is slower relative to how fast rows are gathered from half a gigabyte as well. What was
+measured on another processor is refused: measure an earlier commit there first.
 """
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +33,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.machine import Machine, measured_on, times_of
+from experiments.benchmarks.results import compare, table
+from experiments.machine import (
+    beside,
+    measured_gathers,
+    measured_on,
+    measured_peak,
+    peak_gigabytes,
+    prepare_yardsticks,
+    processor,
+    time_of,
+)  # fmt: skip
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = 'experiments.benchmarks.measure'  # of this module, however it was started
@@ -52,7 +64,8 @@ CASES = (
     'start cold',
     'start warm',
 )
-FIGURES = ('seconds', 'insert seconds', 'sample seconds')  # lists in the result of a case
+PEAK = {'machine gflops': measured_peak}
+PEAK_AND_MEMORY = {**PEAK, 'machine gathers': measured_gathers}
 
 
 def spaces(kind: str) -> tuple[Any, Any]:
@@ -106,33 +119,32 @@ def random_batch(agent: Any) -> Any:
     )
 
 
-def times_of_updates(
-    agent: Any, state: Any, runs: int, before_each: Callable[[], Any] | None = None
-) -> tuple[Any, list[float]]:
-    """The state after updates from one batch, and the seconds that each took."""
+def timed(function: Callable[[], Any], runs: int, repeat: int = 1) -> dict[str, Any]:
+    """Seconds of a function's call, each the mean of `repeat`, after two that warm up."""
+    function()
+    function()
+    gigabytes = peak_gigabytes()
+    seconds, machine = beside(PEAK, lambda: time_of(function, repeat), runs)
+    return {'seconds': seconds, **machine, 'peak gigabytes': gigabytes}
+
+
+def measure_update(size: str, kind: str, runs: int) -> dict[str, Any]:
     import jax
 
-    batch = random_batch(agent)
+    from dreamerv3_jax import flops
+
+    agent = make_agent(size, kind)
+    state, batch = agent.init(seed=0), random_batch(agent)
+    operations = flops.count(agent.pure_update, state, batch)
 
     def run() -> None:
         nonlocal state
         state, *_ = jax.block_until_ready(agent.update(state, batch))
 
-    seconds = times_of(run, runs, before_each=before_each)
-    return state, seconds
+    return {**timed(run, runs), 'gflop': operations / 1e9}
 
 
-def measure_update(size: str, kind: str, runs: int, machine: Machine) -> dict[str, Any]:
-    from dreamerv3_jax import flops
-
-    agent = make_agent(size, kind)
-    state = agent.init(seed=0)
-    operations = flops.count(agent.pure_update, state, random_batch(agent))
-    _, seconds = times_of_updates(agent, state, runs, machine.measure)
-    return {'seconds': seconds, 'gflop': operations / 1e9}
-
-
-def measure_policy(size: str, kind: str, count: int, runs: int, machine: Machine) -> dict[str, Any]:
+def measure_policy(size: str, kind: str, count: int, runs: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
@@ -150,10 +162,11 @@ def measure_policy(size: str, kind: str, count: int, runs: int, machine: Machine
         jax.device_get((actions, latent))
         step += 1
 
-    return {'seconds': times_of(run, runs, 200, machine.measure)}
+    return timed(run, runs, 200)
 
 
-def measure_replay(kind: str, runs: int, machine: Machine) -> dict[str, Any]:
+def measure_replay(kind: str, runs: int) -> list[dict[str, Any]]:
+    """Of an insertion, and of a sample."""
     import numpy as np
 
     from dreamerv3_jax.replay import Replay
@@ -171,12 +184,12 @@ def measure_replay(kind: str, runs: int, machine: Machine) -> dict[str, Any]:
     step |= {name: np.zeros(streams, bool) for name in ('is_first', 'is_last', 'is_terminal')}
     for _ in range(100_000 // streams):
         replay.add(step)
-    before_each = machine.measure_with_memory
-    return {
-        'insert seconds': times_of(lambda: replay.add(step), runs, 100, before_each),
-        'sample seconds': times_of(replay.sample, runs, 20, before_each),
-        'machine gathers': machine.gathers,
-    }
+    replay.sample()
+    gigabytes, results = peak_gigabytes(), []
+    for function, repeat in ((lambda: replay.add(step), 100), (replay.sample, 20)):
+        seconds, machine = beside(PEAK_AND_MEMORY, lambda f=function, n=repeat: time_of(f, n), runs)
+        results.append({'seconds': seconds, **machine, 'peak gigabytes': gigabytes})
+    return results
 
 
 def free_environment() -> Any:
@@ -197,8 +210,10 @@ def free_environment() -> Any:
     return Free()
 
 
-def measure_loop(size: str, runs: int, machine: Machine) -> dict[str, Any]:
-    """Seconds of a turn of the loop with one update, and of such an update alone."""
+def measure_loop(size: str, runs: int) -> dict[str, Any]:
+    """Seconds of a turn of the loop with one update, and of such an update alone, by turns."""
+    import jax
+
     from dreamerv3_jax import load_config, loop
 
     config = load_config(f'gymnasium:{size}')
@@ -210,24 +225,31 @@ def measure_loop(size: str, runs: int, machine: Machine) -> dict[str, Any]:
     ):
         while trainer.counters['updates'] < 5:
             trainer.tick()
-        learner = trainer._learner
-        ticks, alone = [], []
-        for _ in range(3):  # by turns, as the machine drifts
-            ticks += times_of(trainer.tick, runs)
+        gigabytes = peak_gigabytes()
+        learner, batch = trainer._learner, random_batch(trainer._agent)
+
+        def update() -> None:
+            learner.state, *_ = jax.block_until_ready(trainer._agent.update(learner.state, batch))
+
+        def run() -> tuple[float, float]:
+            tick = time_of(trainer.tick, 5)
             learner.finish()
-            learner.state, seconds = times_of_updates(trainer._agent, learner.state, runs)
-            alone += seconds
-            machine.measure()
-    return {'seconds': ticks, 'update alone seconds': alone, 'steps': config.env.num_envs}
+            return tick, time_of(update, 5)
+
+        pairs, machine = beside(PEAK, run, runs)
+    ticks, alone = map(list, zip(*pairs, strict=True))
+    result = {'seconds': ticks, 'update alone seconds': alone, **machine}
+    return {**result, 'peak gigabytes': gigabytes, 'steps': config.env.num_envs}
 
 
-def measure_start(cache: str, runs: int, machine: Machine) -> dict[str, Any]:
+def measure_start(cache: str, runs: int) -> dict[str, Any]:
     """Seconds of a whole run of one update, with an empty or a filled compilation cache."""
-    seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(min(runs, 3) + (cache == 'warm')):
+        count = itertools.count()
+
+        def run() -> float:
+            index = next(count)
             home = f'{folder}/cache' if cache == 'warm' else f'{folder}/cache{index}'
-            machine.measure()
             start = time.perf_counter()
             command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=gymnasium:size1m']
             command += ['--config.env.id=Pendulum-v1', f'--config.logdir={folder}/run{index}']
@@ -238,99 +260,53 @@ def measure_start(cache: str, runs: int, machine: Machine) -> dict[str, Any]:
             subprocess.run(
                 command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL
             )
-            seconds.append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
             last = pathlib.Path(f'{folder}/run{index}/metrics.jsonl').read_text().splitlines()[-1]
             assert json.loads(last)['count/updates'] == 1, last
-    return {'seconds': seconds[cache == 'warm' :]}
+            return seconds
+
+        if cache == 'warm':
+            run()
+        seconds, machine = beside(PEAK, run, runs)
+    return {'seconds': seconds, **machine}
 
 
-def measure(case: str, runs: int) -> dict[str, Any]:
-    """Measures one case in this process."""
+def measure(case: str, runs: int) -> list[dict[str, Any]]:
+    """Measures one case in this process; a replay has two results."""
     from dreamerv3_jax import startup
 
     startup.tune_cpu()
-    machine = Machine()
+    prepare_yardsticks()
     what, *rest = case.split()
     if what == 'update':
-        result = measure_update(rest[0], ' '.join(rest[1:]), runs, machine)
-    elif what == 'policy':
-        result = measure_policy(rest[0], ' '.join(rest[1:-1]), int(rest[-1]), runs, machine)
-    elif what == 'replay':
-        result = measure_replay(' '.join(rest), runs, machine)
-    elif what == 'loop':
-        result = measure_loop(rest[0], runs, machine)
-    else:  # whose memory is that of other processes
-        return {**measure_start(rest[0], runs, machine), 'machine gflops': machine.gflops}
-    return {**result, 'peak gigabytes': machine.gigabytes, 'machine gflops': machine.gflops}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown of all results."""
-    lines = [
-        f'{results["measured"]}, Python {results["python"]}, jax {results["jax"]}: '
-        f'`python -m {NAME} --runs={results["runs"]}`.',
-        '',
-        '| what | median (least - greatest) | GFLOP | share of peak | peak memory |',
-        '|---|---|---|---|---|',
-    ]
-    for case, result in results['cases'].items():
-        for name in FIGURES:
-            if name not in result:
-                continue
-            values, what = result[name], f'{case} {name}'.removesuffix(' seconds')
-            unit, scale = ('ms', 1e3) if statistics.median(values) < 0.1 else ('s', 1.0)
-            middle, least, most = (
-                f'{scale * value:.3g}'
-                for value in (statistics.median(values), min(values), max(values))
-            )
-            cells = [what, f'{middle} {unit} ({least} - {most})', '', '', '']
-            if 'gflop' in result:
-                cells[2] = f'{result["gflop"]:.1f}'
-                at_peak = result['gflop'] / statistics.median(result['machine gflops'])
-                cells[3] = f'{at_peak / statistics.median(values):.0%}'
-            if 'steps' in result:
-                cells[0] += f', {result["steps"] / statistics.median(values):.0f} steps/s'
-                alone = statistics.median(result['update alone seconds'])
-                cells[0] += f', {statistics.median(values) / alone:.3f} times its update alone'
-            if 'peak gigabytes' in result:
-                cells[4] = f'{result["peak gigabytes"]:.2f} GB'
-            lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + '\n'
-
-
-def compare(cases: dict[str, Any], baseline: dict[str, Any]) -> bool:
-    """Prints ratios to the baseline; returns whether none is too great.
-
-    Ratios are those of medians, divided by how much slower the machine was: its products, or its
-    memory where that is measured too, whichever fell more.
-    """
-    good = True
-    for case, result in cases.items():
-        before, median = baseline['cases'][case], statistics.median
-        yardsticks = [name for name in result if name.startswith('machine')]
-        slower = max(median(before[name]) / median(result[name]) for name in yardsticks)
-        limit = 1.15 if case.startswith(('update', 'loop')) else 1.5
-        for name in [name for name in FIGURES if name in result]:
-            ratio = median(result[name]) / median(before[name]) / slower
-            good &= ratio <= limit
-            note = '  too slow' if ratio > limit else ''
-            print(f'{ratio:6.2f} times the time of the baseline: {case} {name}{note}')
-    return good
+        return [measure_update(rest[0], ' '.join(rest[1:]), runs)]
+    if what == 'policy':
+        return [measure_policy(rest[0], ' '.join(rest[1:-1]), int(rest[-1]), runs)]
+    if what == 'replay':
+        return measure_replay(' '.join(rest), runs)
+    if what == 'loop':
+        return [measure_loop(rest[0], runs)]
+    return [measure_start(rest[0], runs)]
 
 
 def names(case: str) -> list[str]:
-    """Under which a case is in the results: an update is measured in two processes."""
-    return [case, f'{case}, later'] if case.startswith('update') else [case]
+    """Names in the results: an update is measured in two processes, a replay in two ways."""
+    if case.startswith('update'):
+        return [case, f'{case}, later']
+    return [f'{case} {what}' for what in ('insert', 'sample')] if 'replay' in case else [case]
 
 
 def measured(case: str, runs: int) -> dict[str, dict[str, Any]]:
-    """A case, each time in a process of its own; the second finds the programs of the first."""
+    """Results by name; the second process of an update finds the programs of the first."""
     with tempfile.TemporaryDirectory() as cache:
-        variables = {'JAX_COMPILATION_CACHE_DIR': cache}
-        return {name: in_process(case, runs, **variables) for name in names(case)}
+        processes = 2 if case.startswith('update') else 1
+        results: list[dict[str, Any]] = []
+        for _ in range(processes):
+            results += in_process(case, runs, JAX_COMPILATION_CACHE_DIR=cache)
+    return dict(zip(names(case), results, strict=True))
 
 
-def in_process(case: str, runs: int, **variables: str) -> dict[str, Any]:
+def in_process(case: str, runs: int, **variables: str) -> list[dict[str, Any]]:
     """Measures one case in a process of its own, with these environment variables."""
     command = [sys.executable, '-m', NAME, case, f'--runs={runs}', '--here']
     environment = {**os.environ, **variables}
@@ -346,25 +322,31 @@ def main() -> None:
     )
     parser.add_argument('cases', nargs='*', choices=[*CASES, []], default=[], metavar='CASE')
     parser.add_argument('--runs', type=int, default=15)
-    parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    parser.add_argument('--results', type=pathlib.Path, default=pathlib.Path(__file__).parent)
     parser.add_argument('--compare', action='store_true')
     parser.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
         print(json.dumps(measure(options.cases[0], options.runs)))
         return
-    committed = pathlib.Path(__file__).parent / 'results.json'
-    baseline = json.loads(committed.read_text()) if committed.exists() else {'cases': {}}
-    chosen = options.cases or CASES
-    needed = [name for case in chosen for name in names(case)]
-    if options.compare and (missing := [x for x in needed if x not in baseline['cases']]):
-        sys.exit(f'{committed} has no {", ".join(missing)} to compare with.')
-    if options.cases and not options.compare and options.output == committed.parent:
-        sys.exit('The committed results hold all cases; choose another folder with --output.')
-    options.output.mkdir(parents=True, exist_ok=True)
+    file, chosen = options.results / 'results.json', options.cases or CASES
+    if options.compare:
+        baseline = json.loads(file.read_text()) if file.exists() else {'cases': {}}
+        needed = [name for case in chosen for name in names(case)]
+        if missing := [name for name in needed if name not in baseline['cases']]:
+            sys.exit(f'{file} has no {", ".join(missing)} to compare with.')
+        if baseline['processor'] != processor():
+            sys.exit(
+                f'{file} is of {baseline["processor"]}, and this is {processor()}. Measure an '
+                'earlier commit here with --results=FOLDER, and compare with that.'
+            )
+    elif options.cases and options.results == pathlib.Path(__file__).parent:
+        sys.exit('The committed results hold all cases; choose another folder with --results.')
+    options.results.mkdir(parents=True, exist_ok=True)
     cases: dict[str, Any] = {}
     results = {
         'measured': measured_on(),
+        'processor': processor(),
         'python': platform.python_version(),
         'jax': importlib.metadata.version('jax'),
         'runs': options.runs,
@@ -374,8 +356,8 @@ def main() -> None:
         print(f'{case} ...', flush=True)
         cases |= measured(case, options.runs)
         if not options.compare:  # each time, so that an interruption loses one case only
-            (options.output / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-            (options.output / 'results.md').write_text(table(results))
+            file.write_text(json.dumps(results, indent=1) + '\n')
+            file.with_suffix('.md').write_text(table(results))
     if options.compare:
         sys.exit(not compare(cases, baseline))
     print(table(results))

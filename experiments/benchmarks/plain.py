@@ -187,7 +187,9 @@ def ratio_of_settings(case: str, settings: dict[str, str], runs: int) -> float:
     with tempfile.TemporaryDirectory() as cache:  # of compiled programs
         seconds = [
             statistics.median(
-                measure.in_process(case, runs, JAX_COMPILATION_CACHE_DIR=cache, **chosen)['seconds']
+                measure.in_process(case, runs, JAX_COMPILATION_CACHE_DIR=cache, **chosen)[0][
+                    'seconds'
+                ]
             )
             for chosen in (settings, {}) * 3
         ]

@@ -20,7 +20,7 @@ import time
 from typing import Any, NamedTuple
 
 from experiments.benchmarks import measure, roofline
-from experiments.machine import measured_on, measured_peak, times_of
+from experiments.machine import measured_on, measured_peak, time_of
 
 NAME = 'experiments.benchmarks.profile_update'  # of this module, however it was started
 # The part of the agent by a word in an operation's name; the first that fits counts.
@@ -87,7 +87,7 @@ def measured_bandwidth() -> float:
 
     x = jnp.ones(2**26)
     add = jax.jit(lambda x: x + 1)
-    seconds = min(times_of(lambda: add(x).block_until_ready(), 5))
+    seconds = min(time_of(lambda: add(x).block_until_ready()) for _ in range(5))
     return 2 * x.nbytes / seconds / 1e9
 
 
