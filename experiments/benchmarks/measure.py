@@ -335,9 +335,10 @@ def main() -> None:
         needed = [name for case in chosen for name in names(case)]
         if missing := [name for name in needed if name not in baseline['cases']]:
             sys.exit(f'{file} has no {", ".join(missing)} to compare with.')
-        if baseline['processor'] != processor():
+        there = baseline.get('processor', 'an unknown processor')
+        if there != processor():
             sys.exit(
-                f'{file} is of {baseline["processor"]}, and this is {processor()}. Measure an '
+                f'{file} is of {there}, and this is {processor()}. Measure an '
                 'earlier commit here with --results=FOLDER, and compare with that.'
             )
     elif options.cases and options.results == pathlib.Path(__file__).parent:
