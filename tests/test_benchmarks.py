@@ -238,6 +238,7 @@ def test_the_page_on_speed_shows_what_was_measured():
     assert list(results['cases']) == [
         name for case in measure.CASES for name in measure.names(case)
     ]
+    assert set(report.AIMS) < set(results['cases'])
     assert report.table(results) == (folder / 'results.md').read_text()
     for name in (
         'results', 'profile_vectors', 'profile_images', 'accelerator', 'plain_vectors',
