@@ -1,5 +1,6 @@
 """Where something is measured: the processor, the commit, how fast the machine is just then."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -19,6 +20,14 @@ def processor() -> str:
         return next(line.partition(': ')[2] for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
         return platform.machine()
+
+
+def this_machine() -> str:
+    """Its processor, cores and widest instructions: the names of virtual ones do not tell these."""
+    with contextlib.suppress(OSError):
+        wide = ' avx512f' in pathlib.Path('/proc/cpuinfo').read_text()
+        return f'{processor()}, {os.cpu_count()} cores, {"with" if wide else "without"} AVX-512'
+    return f'{processor()}, {os.cpu_count()} cores'
 
 
 def commit() -> str:
@@ -98,8 +107,8 @@ def beside(
 ) -> tuple[list[Any], dict[str, list[float]]]:
     """What a function returns each time, and how fast the machine was then, as machines drift.
 
-    A yardstick's value is the mean of those before and after the call. Calls end after `runs`, or
-    after 40 seconds, but not before the third.
+    A yardstick's value is the mean of those before and after the call. No call begins after
+    `runs` of them, nor after 40 seconds but for the first three.
     """
     results: list[Any] = []
     values = [[yardstick() for yardstick in yardsticks.values()]]

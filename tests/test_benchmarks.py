@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import chex
@@ -92,10 +93,22 @@ def test_each_run_is_relative_to_the_machine_around_it():
     from experiments import machine
     from experiments.benchmarks import results
 
-    peaks = iter([100.0, 300.0, 50.0, 150.0])
-    seconds, yardsticks = machine.beside({'machine gflops': lambda: next(peaks)}, lambda: 2.0, 3)
-    assert seconds == [2.0] * 3 and yardsticks == {'machine gflops': [200.0, 175.0, 100.0]}
-    assert results.work({'seconds': seconds, **yardsticks}, 'machine gflops') == 350.0
+    peaks, taken = iter([100.0, 300.0, 50.0, 150.0]), iter([3.0, 1.0, 2.0])
+    yardsticks = {'machine gflops': lambda: next(peaks)}
+    seconds, machine_then = machine.beside(yardsticks, lambda: next(taken), 3)
+    assert seconds == [3.0, 1.0, 2.0] and machine_then == {'machine gflops': [200.0, 175.0, 100.0]}
+    # The median of 600, 175 and 200; that of the seconds times that of the peaks is 350.
+    assert results.work({'seconds': seconds, **machine_then}, 'machine gflops') == 200.0
+
+
+@pytest.mark.parametrize(('each', 'count'), [(0.1, 15), (10.0, 4), (15.0, 3), (100.0, 3)])
+def test_slow_calls_end_early_but_not_before_the_third(monkeypatch, each, count):
+    from experiments import machine
+
+    now = iter(each * index for index in range(20))
+    monkeypatch.setattr(machine, 'time', types.SimpleNamespace(perf_counter=lambda: next(now)))
+    results, _ = machine.beside({'x': lambda: 1.0}, lambda: None, 15)
+    assert len(results) == count
 
 
 def test_memory_is_gathered_from_places_that_no_cache_holds(monkeypatch):
@@ -125,20 +138,27 @@ def test_a_case_is_measured_and_written(tmp_path):
     assert len(case['seconds']) == 2 and case['peak gigabytes'] > 0.1
     assert len(case['machine gflops']) == 2 and min(case['machine gflops']) > 1
     assert '| policy size1m vectors 1 |' in (tmp_path / 'results.md').read_text()
-    other = (tmp_path / 'results.json').read_text().replace(machine.processor(), 'another one')
+    other = (tmp_path / 'results.json').read_text().replace(machine.this_machine(), 'another one')
     (tmp_path / 'results.json').write_text(other)
     result = subprocess.run(
         [*command, '--compare'], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert result.returncode == 1 and 'results.json is of another one' in result.stderr
+    assert result.returncode == 1 and 'results.json is of another one, and' in result.stderr
 
 
-@pytest.mark.parametrize('arguments', [['updat'], ['start cold']])
-def test_what_cannot_be_measured_is_refused_first(arguments):
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['updat'], 'invalid choice'),
+        (['start cold'], 'choose another folder with --results'),
+        (['start cold', '--results=experiments/benchmarks'], 'choose another folder'),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(arguments, words):
     result = subprocess.run(
         [*MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert result.returncode and ('invalid choice' in result.stderr or '--results' in result.stderr)
+    assert result.returncode and words in result.stderr
     assert 'Traceback' not in result.stderr
 
 

@@ -5,10 +5,10 @@ python -m experiments.benchmarks.measure [CASE ...] --compare [--results=FOLDER]
 
 Every case runs in a process of its own, beside nothing else, please: all cores are used. A figure
 is the median of its runs with the least and the greatest in brackets: `--runs` of them, or as many
-as end within 40 seconds, but three at least. The machine's peak is that of a float32 matrix product
-of 2048 cubed (the best of 5), measured before and after each run, as machines drift; a share is
-that of the peak around its run. Operations are those of the program as it is. An update is measured
-twice: in a process that compiles it, whose peak of memory (until its second update) is the
+as begin within 40 seconds, but three at least. The machine's peak is that of a float32 matrix
+product of 2048 cubed (the best of 5), measured before and after each run, as machines drift; a
+share is that of the peak around its run. Operations are those of the program as it is. An update is
+measured twice: in a process that compiles it, whose peak of memory (until its second update) is the
 compiler's too, and "later" in one that finds it in the cache, as later starts of a run do. Without
 cases, all of them are measured.
 
@@ -16,7 +16,7 @@ cases, all of them are measured.
 committed by default, and fails when an update or the loop takes 15% longer relative to the peak, or
 anything else half as long again. The replay waits for memory more than for products, so it fails
 only if it is slower relative to how fast rows are gathered from half a gigabyte as well. What was
-measured on another processor is refused: measure an earlier commit there first.
+measured on another kind of machine is refused: measure an earlier commit on this one first.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from experiments.machine import (
     measured_peak,
     peak_gigabytes,
     prepare_yardsticks,
-    processor,
+    this_machine,
     time_of,
 )  # fmt: skip
 
@@ -335,19 +335,19 @@ def main() -> None:
         needed = [name for case in chosen for name in names(case)]
         if missing := [name for name in needed if name not in baseline['cases']]:
             sys.exit(f'{file} has no {", ".join(missing)} to compare with.')
-        there = baseline.get('processor', 'an unknown processor')
-        if there != processor():
+        there = baseline.get('machine', 'an unknown machine')
+        if there != this_machine():
             sys.exit(
-                f'{file} is of {there}, and this is {processor()}. Measure an '
-                'earlier commit here with --results=FOLDER, and compare with that.'
+                f'{file} is of {there}, and this is {this_machine()}. Measure an earlier commit '
+                'that has --results here, with --results=FOLDER, and compare with that.'
             )
-    elif options.cases and options.results == pathlib.Path(__file__).parent:
+    elif options.cases and options.results.resolve() == pathlib.Path(__file__).parent.resolve():
         sys.exit('The committed results hold all cases; choose another folder with --results.')
     options.results.mkdir(parents=True, exist_ok=True)
     cases: dict[str, Any] = {}
     results = {
         'measured': measured_on(),
-        'processor': processor(),
+        'machine': this_machine(),
         'python': platform.python_version(),
         'jax': importlib.metadata.version('jax'),
         'runs': options.runs,
