@@ -261,8 +261,8 @@ def test_the_page_on_speed_shows_what_was_measured():
     assert set(report.AIMS) < set(results['cases'])
     assert report.table(results) == (folder / 'results.md').read_text()
     for name in (
-        'results', 'profile_vectors', 'profile_images', 'accelerator', 'plain_vectors',
-        'plain_images',
+        'results', 'profile_vectors', 'profile_images', 'profile_size12m', 'accelerator',
+        'plain_vectors', 'plain_images',
     ):  # fmt: skip
         assert (folder / f'{name}.md').read_text() in page
     for kind in ('vectors', 'images 64x64x3'):

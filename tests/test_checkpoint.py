@@ -192,6 +192,7 @@ def test_a_checkpoint_without_checksums_is_taken_only_in_need(folder, caplog):
 
 
 @pytest.mark.parametrize('part', ['state', 'replay'])
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # of orbax's threads
 def test_an_unchecked_checkpoint_that_is_damaged_is_no_traceback(part, folder, caplog):
     for step in ('10', '20'):
         (folder / step / 'checksums.json').unlink()
