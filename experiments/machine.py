@@ -1,6 +1,5 @@
 """Where something is measured: the processor, the commit, how fast the machine is just then."""
 
-import contextlib
 import functools
 import itertools
 import os
@@ -11,6 +10,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
+
+from dreamerv3_jax import startup
 
 
 def processor() -> str:
@@ -24,10 +25,8 @@ def processor() -> str:
 
 def this_machine() -> str:
     """Its processor, cores and widest instructions: the names of virtual ones do not tell these."""
-    with contextlib.suppress(OSError):
-        wide = ' avx512f' in pathlib.Path('/proc/cpuinfo').read_text()
-        return f'{processor()}, {os.cpu_count()} cores, {"with" if wide else "without"} AVX-512'
-    return f'{processor()}, {os.cpu_count()} cores'
+    wide = 'with' if ' avx512f' in startup._instruction_set() else 'without'
+    return f'{processor()}, {os.cpu_count()} cores, {wide} AVX-512'
 
 
 def commit() -> str:

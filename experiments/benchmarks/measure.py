@@ -43,7 +43,7 @@ from experiments.machine import (
     prepare_yardsticks,
     this_machine,
     time_of,
-)  # fmt: skip
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = 'experiments.benchmarks.measure'  # of this module, however it was started
@@ -293,7 +293,9 @@ def names(case: str) -> list[str]:
     """Names in the results: an update is measured in two processes, a replay in two ways."""
     if case.startswith('update'):
         return [case, f'{case}, later']
-    return [f'{case} {what}' for what in ('insert', 'sample')] if 'replay' in case else [case]
+    if case.startswith('replay'):
+        return [f'{case} insert', f'{case} sample']
+    return [case]
 
 
 def measured(case: str, runs: int) -> dict[str, dict[str, Any]]:

@@ -185,14 +185,10 @@ def ratios(size: str, kind: str, runs: int, only: str) -> Iterator[tuple[str, fl
 def ratio_of_settings(case: str, settings: dict[str, str], runs: int) -> float:
     """Seconds that a case takes with settings, relative to those without; processes take turns."""
     with tempfile.TemporaryDirectory() as cache:  # of compiled programs
-        seconds = [
-            statistics.median(
-                measure.in_process(case, runs, JAX_COMPILATION_CACHE_DIR=cache, **chosen)[0][
-                    'seconds'
-                ]
-            )
-            for chosen in (settings, {}) * 3
-        ]
+        seconds = []
+        for chosen in (settings, {}) * 3:
+            (result,) = measure.in_process(case, runs, JAX_COMPILATION_CACHE_DIR=cache, **chosen)
+            seconds.append(statistics.median(result['seconds']))
     return statistics.median(seconds[::2]) / statistics.median(seconds[1::2])
 
 
