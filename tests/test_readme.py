@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 
 import dreamerv3_jax
-from dreamerv3_jax import cli, env_report, loop, presets, startup
+from dreamerv3_jax import cli, env_report, hosts, loop, presets, startup
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -133,12 +133,17 @@ def test_table_of_suites(trained, capsys):
     assert {preset for _, _, preset in trained} == {*presets.names()} - {'quickstart'}
 
 
-def test_commands_for_many_devices(trained, planned, capsys):
+def test_commands_for_many_devices(trained, planned, monkeypatch, capsys):
     shown = commands((ROOT / 'docs/scaling.md').read_text())
     assert len(shown) >= 7
     for arguments in shown:
         assert cli.main(arguments) == 0, f'{arguments}: {capsys.readouterr().err}'
-    assert [config.hosts.count for config, *_ in trained][-1] == 4
+    many = [config for config, *_ in trained if config.logdir == '/shared/run']
+    assert [config.hosts.count for config in many] == [0, 0, 4]
+    monkeypatch.setattr(hosts, 'count', lambda: 16)  # 2 nodes with 8 GPUs
+    for config in many:
+        assert hosts.share(config.env.num_envs, 'env.num_envs') > 0
+        assert hosts.share(config.replay.batch_size, 'replay.batch_size') > 0
     assert [devices for _, devices in planned] == ['cpu:8', 'v5e:4x8']
 
 
