@@ -3,9 +3,9 @@
 pip install 'dreamerv3-jax[dmc]'
 dreamerv3-jax train --config=dmc_vision --config.env.id=dmc/cheetah_run
 
-The published scores were made with an action repeat of 2: --config.env.repeat=2. On a machine
-without a screen, set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) first. Between the tasks only
-env.id differs. A smaller network, for a smaller GPU, is dmc_vision:size12m.
+The published scores were made with an action repeat of 2: --config.env.repeat=2. A machine without
+a screen needs libegl1 or libosmesa6; MUJOCO_GL=egl or MUJOCO_GL=osmesa chooses between them.
+Between the tasks only env.id differs. A smaller network, for a smaller GPU, is dmc_vision:size12m.
 """
 
 import ml_collections
