@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import signal
@@ -18,11 +19,12 @@ from dreamerv3_jax.envs import processes, registry, vector
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
 from dreamerv3_jax.envs.vector import InProcess
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.interrupts import Interrupted, Interrupts
 
 COUNTER = 'toy_envs:Counter'
 ZEROS = {'action': np.zeros((1, 1), np.int32)}  # for any number of environments
+TWO_ZEROS = {'action': np.zeros((2, 1), np.int32)}
 
 
 def make(env_id=COUNTER, seed=0, render=False, restart=True, **changes):
@@ -267,12 +269,23 @@ def test_logs_are_means_over_episodes():
         env.reset()
         for _ in range(5):  # two ticks and a reset, then the second episode
             env.step({'action': np.zeros((2, 1), np.int32)})
-        assert env.pop_logs() == {'length': 2.0, 'episode': 1.5}
+        assert env.pop_logs() == {'log/length': 2.0, 'episode': 1.5}  # the run has a length too
         assert env.pop_logs() == {}
     with make(kwargs={'length': 1}, autoreset='same_step', vectorization='async') as env:
         env.reset()
         env.step({'action': np.zeros((2, 1), np.int32)})
-        assert env.pop_logs() == {'length': 1.0, 'episode': 1.0}
+        assert env.pop_logs() == {'log/length': 1.0, 'episode': 1.0}
+
+
+@pytest.mark.parametrize('mode', ['NextStep', 'SameStep'])
+def test_logs_of_environments_that_come_vectorised(mode):
+    kwargs = {'length': 2, 'autoreset': mode}
+    with make('ToyCounter-v0', vectorization='native', kwargs=kwargs) as env:
+        env.reset()
+        env.step(TWO_ZEROS)
+        assert env.pop_logs() == {}
+        env.step(TWO_ZEROS)
+        assert env.pop_logs() == {'log/length': 2.0, 'episode': 1.0}
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])
@@ -536,6 +549,21 @@ def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])
+def test_one_that_fails_leaves_the_ends_of_others_where_they_belong(vectorization, tmp_path):
+    kwargs = {'length': 3, 'fail_at': 3, 'once': str(tmp_path / 'failed')}
+    changes = dict(autoreset='same_step', num_envs=3, kwargs=kwargs)
+    with make(vectorization=vectorization, **changes) as env:
+        env.reset()
+        env.step(ZEROS)
+        env.step(ZEROS)
+        records, finals = env.step(ZEROS)  # one fails, as two others end
+        (row,) = np.flatnonzero(records.observation['count'][:, 0] == 1)
+        assert finals.streams.tolist() == [stream for stream in range(3) if stream != row]
+        assert finals.records.observation['count'].tolist() == [[1, 3], [1, 3]]
+        assert env.pop_restarts() == 1
+
+
+@pytest.mark.parametrize('vectorization', ['sync', 'async'])
 @pytest.mark.parametrize(
     ('what', 'words'), [('raise', 'the robot does not get up'), ('quit', FAILURES['quit'])]
 )
@@ -575,7 +603,7 @@ def test_who_fails_again_and_again_is_given_up(vectorization, monkeypatch):
         env.reset()
         for _ in range(7):  # both fail at the second step of every life
             env.step(ZEROS)
-        with pytest.raises(UserError, match=r'fell over .* It was started again 3 times before\.$'):
+        with pytest.raises(Failure, match=r'fell over .* It was started again 3 times before\.$'):
             env.step(ZEROS)
         assert env.pop_restarts() == 6
     monkeypatch.setattr(vector, 'ENOUGH_STEPS', 1)
@@ -700,6 +728,36 @@ def test_an_environment_that_cannot_even_be_closed(monkeypatch):
         with pytest.raises(UserError, match='the robot fell over') as caught:
             env.step(ZEROS)
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    ('env_id', 'vectorization'),
+    [('Unclosable', 'auto'), ('Unclosable', 'async'), ('ToyUnclosable-v0', 'native')],
+)
+def test_environments_that_cannot_be_closed_end_all_the_same(env_id, vectorization, capfd):
+    env_id = env_id if vectorization == 'native' else f'toy_envs:{env_id}'
+    with make(env_id, vectorization=vectorization) as env:
+        assert env.reset().is_first.all()
+        workers = getattr(env, '_workers', [])
+    assert bool(workers) == (vectorization != 'native')
+    assert all(worker.exitcode == 0 for worker in workers)
+    assert capfd.readouterr().err == ''
+
+
+def test_processes_that_the_system_does_not_start(monkeypatch):
+    started, start = [], processes._start
+
+    def start_two(settings, row):
+        if row == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        started.append(start(settings, row))
+        return started[-1]
+
+    monkeypatch.setattr(processes, '_start', start_two)
+    words = r'Of 3 processes of environments 2 could be started \(Too many open files\); lower'
+    with pytest.raises(UserError, match=words):
+        make(vectorization='async', num_envs=3)
+    assert [worker.exitcode is None for _, worker in started] == [False, False]
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])

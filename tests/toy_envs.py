@@ -151,6 +151,11 @@ class Camera(gymnasium.Env):
         return np.full((64, 64, 3), 7, np.uint8), float(action.sum()), False, False, {}
 
 
+class Unclosable(Camera):
+    def close(self) -> None:
+        raise BrokenPipeError('the simulator is gone')
+
+
 class Slow(Camera):
     """Takes its time for every step."""
 
@@ -193,4 +198,15 @@ def native_counter(
     return kind([lambda: Counter(**kwargs)] * num_envs, autoreset_mode=autoreset)
 
 
+class UnclosableVector(SyncVectorEnv):
+    def close_extras(self, **kwargs: Any) -> None:
+        self.closed = True  # or it would be tried once more as it is deleted
+        raise BrokenPipeError('the simulator is gone')
+
+
+def native_unclosable(num_envs: int) -> SyncVectorEnv:
+    return UnclosableVector([Counter] * num_envs)
+
+
 gymnasium.register('ToyCounter-v0', entry_point=Counter, vector_entry_point=native_counter)
+gymnasium.register('ToyUnclosable-v0', entry_point=Counter, vector_entry_point=native_unclosable)

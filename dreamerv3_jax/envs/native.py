@@ -105,6 +105,8 @@ class Native(VectorEnvironment):
                 for index in streams.tolist()
             ]
             check_reward(reward[streams])
+        for row in streams.tolist():
+            self._add_logs(episode_logs(_row_of_info(info.get('final_info', {}), row)))
         observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
         last = np.ones(len(streams), bool)
         records = Records(observation, reward[streams], ~last, last, terminated[streams])
@@ -150,7 +152,8 @@ class Native(VectorEnvironment):
 
     def close(self) -> None:
         """Releases the environments."""
-        self._env.close()
+        with contextlib.suppress(Exception, SystemExit):  # as in `close_stream`
+            self._env.close()
 
 
 def _make_registered(settings: Settings) -> VectorEnv:

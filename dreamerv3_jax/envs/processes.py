@@ -22,6 +22,7 @@ from dreamerv3_jax.envs.registry import Settings
 from dreamerv3_jax.envs.stream import Records, Stream, empty_actions, empty_records
 from dreamerv3_jax.envs.vector import (
     Restartable,
+    close_stream,
     different_spaces,
     failure,
     open_stream,
@@ -59,15 +60,27 @@ class Processes(Restartable):
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Starts the workers and waits until all environments are built."""
+        """Starts the workers and waits until all environments are built.
+
+        Raises:
+          UserError: one cannot be built, or the system starts no more processes.
+        """
         super().__init__(settings)
         self._connections: list[Connection] = []
         self._workers: list[Any] = []
         self._block: Any = None  # the file behind records and actions
-        for row in range(self.num_envs):
-            connection, worker = _start(settings, row)
-            self._connections.append(connection)
-            self._workers.append(worker)
+        try:
+            for row in range(self.num_envs):
+                connection, worker = _start(settings, row)
+                self._connections.append(connection)
+                self._workers.append(worker)
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f'Of {self.num_envs} processes of environments {row} could be started '
+                f'({error.strerror}); lower env.num_envs, raise the limit (ulimit -n, ulimit -u), '
+                "or take env.vectorization='sync'."
+            ) from error
         rows = range(self.num_envs)
         descriptions: list[_Description] = self._all_well(self._receive(rows))
         self._specs = descriptions[0][:2]
@@ -210,7 +223,7 @@ def _work(connection: Connection, settings: Settings, index: int, tied: bool) ->
             connection.send(message)
     finally:
         if stream is not None:
-            stream.close()
+            close_stream(stream)
 
 
 def _end_with_parent() -> None:
@@ -253,17 +266,17 @@ def _worker_surroundings() -> Iterator[None]:
     """
     main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
     before = {name: os.environ.get(name) for name in _WORKER_VARIABLES}
-    os.environ.update(_WORKER_VARIABLES)
-    if os.name == 'posix':
-        resource_tracker.ensure_running()  # it would take the mask away as it starts
-    _mask_interrupts('SIG_BLOCK')
     try:
+        os.environ.update(_WORKER_VARIABLES)
+        if os.name == 'posix':
+            resource_tracker.ensure_running()  # it would take the mask away as it starts
+        _mask_interrupts('SIG_BLOCK')
         yield
     finally:
         sys.modules['__main__'] = main
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
         _mask_interrupts('SIG_UNBLOCK')  # last, as it may raise one

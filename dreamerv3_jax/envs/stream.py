@@ -186,9 +186,13 @@ def frame_rate(metadata: dict[str, Any]) -> float:
 
 
 def episode_logs(info: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers that an environment put under keys starting with 'log/'."""
+    """Returns the numbers that an environment put under keys starting with 'log/', by the rest.
+
+    'log/score' and 'log/length' keep their whole names, as the return and the length of episodes
+    have these.
+    """
     return {
-        key.removeprefix('log/'): float(value)
+        key if key in ('log/score', 'log/length') else key.removeprefix('log/'): float(value)
         for key, value in info.items()
         if isinstance(key, str) and key.startswith('log/') and isinstance(value, _NUMBERS)
     }

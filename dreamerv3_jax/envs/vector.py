@@ -19,7 +19,7 @@ from dreamerv3_jax.envs.stream import (
     empty_records,
     write_record,
 )
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.spaces import ArraySpec, BadRecord
 
 ENOUGH_STEPS = 1000  # without a failure, after which the next one is the first in a row
@@ -198,8 +198,8 @@ class Restartable(VectorEnvironment):
         for row, answer in answers.items():
             if isinstance(answer, UserError):
                 self._replace(row, answer)
-            else:
-                endings.append(answer)
+                answer = None  # its episode has no end
+            endings.append(answer)
         observation, *flags = self._records
         copied = {name: values.copy() for name, values in observation.items()}
         return Records(copied, *(flag.copy() for flag in flags)), self._gather(endings)
@@ -225,7 +225,7 @@ class Restartable(VectorEnvironment):
             if not self._failures[row]:
                 raise error
             times = f'It was started again {self._failures[row]} times before.'
-            raise UserError(f'{str(error).rstrip(".")}. {times}') from error
+            raise Failure(f'{str(error).rstrip(".")}. {times}') from error
         self._failures[row] += 1
         self._survived[row] = 0
         self._lives[row] += 1
@@ -284,7 +284,7 @@ class InProcess(Restartable):
         return answers
 
     def _rebuild(self, row: int, settings: Settings) -> None:
-        _close(self._streams[row])
+        close_stream(self._streams[row])
         stream = open_stream(settings, row)
         if not self._fits(stream):
             raise different_spaces(settings.id)
@@ -300,7 +300,7 @@ class InProcess(Restartable):
     def close(self) -> None:
         """Releases all environments."""
         for stream in self._streams:
-            _close(stream)
+            close_stream(stream)
         self._streams = []
 
 
@@ -339,6 +339,7 @@ def failure(env_id: str, index: int | None, error: BaseException) -> UserError:
     return UserError(f'{which} failed: {type(error).__name__}: {text}{place}.')
 
 
-def _close(stream: Stream) -> None:
-    with contextlib.suppress(Exception, SystemExit):  # a broken environment need not be able to
+def close_stream(stream: Stream) -> None:
+    """Closes an environment, which a broken one need not be able to."""
+    with contextlib.suppress(Exception, SystemExit):
         stream.close()
