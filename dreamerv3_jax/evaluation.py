@@ -170,6 +170,8 @@ def evaluate(
             # After an automatic reset the picture is of the next episode already.
             if recording and not (records.is_first[0] and not film.running):
                 film.add(video_file.picture(env, records))
+            if recording and not film.running:
+                film.close()
             actions = player.act(records.observation, records.is_first)
             records, finals = env.step(actions)
     values = np.array(finished['returns'])

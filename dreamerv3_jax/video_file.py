@@ -1,7 +1,10 @@
 """Videos of what an environment shows."""
 
+import contextlib
+import io
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +29,7 @@ class Film:
         self.running = path is not None
         self._path = path
         self._writer: Any = None
+        self._buffer: io.BytesIO | None = None  # of a .gif
         self.frame_rate = 0.0  # pictures per second, set before the first
         if path is not None:
             # pygame, which many environments draw with, needs no screen then.
@@ -42,9 +46,23 @@ class Film:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
+            self.close()
+
+    def close(self) -> None:
+        """Completes the file; a .gif is written here only. May be called again.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            assert self._path is not None
+            with self._writing():
+                writer.close()
+                if self._buffer is not None:
+                    self._path.write_bytes(self._buffer.getvalue())
 
     def add(self, picture: np.ndarray) -> None:
         """Appends [H, W, 3] `uint8`.
@@ -60,20 +78,27 @@ class Film:
             # ffmpeg starts with the first picture. Its process runs no Python, so it cannot meet
             # the deadlock that JAX warns of.
             warnings.filterwarnings('ignore', r'os\.fork\(\)', RuntimeWarning)
-            try:
+            with self._writing():
                 self._writer = self._writer or self._start()
                 self._writer.append_data(picture)
-            except (ImportError, OSError, ValueError) as error:
-                raise UserError(
-                    f'Cannot write the video {self._path}: {" ".join(str(error).split())}'
-                ) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(
+                f'Cannot write the video {self._path}: {" ".join(str(error).split())}'
+            ) from error
 
     def _start(self) -> Any:
         assert self._path is not None
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.suffix == '.gif':
+            # Where imageio cannot write a file at the end, it tries again as it is deleted.
+            self._buffer = io.BytesIO()
             duration = 1000 / min(self.frame_rate, GIF_FRAME_RATE)
-            return self._open(self._path, duration=duration, loop=0)
+            return self._open(self._buffer, format='.gif', duration=duration, loop=0)
         return self._open(self._path, fps=self.frame_rate, macro_block_size=1)
 
 

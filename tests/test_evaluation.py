@@ -172,11 +172,25 @@ def test_video(ending, run, tmp_path):
     assert shape == [4 * 43, 6 * 43, 3]  # 4 x 6 pixels, enlarged to more than 256
 
 
-def test_video_that_cannot_be_written(run, tmp_path):
+@pytest.mark.parametrize('name', ['file/film.mp4', 'folder.gif'])
+def test_video_that_cannot_be_written(run, tmp_path, name):
     pytest.importorskip('imageio_ffmpeg')
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='Cannot write the video .*film.mp4'):
-        evaluate(run, episodes=1, video=tmp_path / 'file' / 'film.mp4')
+    (tmp_path / 'folder.gif').mkdir()
+    episodes = []
+    with pytest.raises(UserError, match=f'Cannot write the video .*{name}'):
+        evaluate(run, episodes=9, video=tmp_path / name, report=lambda *x: episodes.append(x))
+    assert len(episodes) < 9, 'it was told after all of them'
+
+
+def test_an_error_beside_a_video_that_cannot_be_written(tmp_path):
+    """What went wrong first is what is told."""
+    pytest.importorskip('imageio')
+    (tmp_path / 'folder.gif').mkdir()
+    with pytest.raises(ZeroDivisionError), video_file.Film(tmp_path / 'folder.gif') as film:
+        film.frame_rate = 30.0
+        film.add(np.zeros((5, 7, 3), np.uint8))
+        raise ZeroDivisionError
 
 
 def test_pictures_of_any_size(tmp_path):
