@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -88,7 +89,8 @@ class MetricWriter(Means):
         Args:
           directory: of the run; made where it is missing.
           resume_step: the step from which a run goes on; later lines of the file are dropped, as is
-            a last line that was torn by a crash.
+            a last line that was torn by a crash. A run that begins anew, at 0, keeps a file that is
+            there under another name.
           tensorboard: whether to write TensorBoard events too, if possible.
           clock: time in seconds since the epoch.
         """
@@ -96,6 +98,17 @@ class MetricWriter(Means):
         self._clock = clock
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / 'metrics.jsonl'
+        if resume_step == 0 and path.exists() and path.stat().st_size:
+            kept = next(
+                other
+                for number in itertools.count(1)
+                if not (other := directory / f'metrics-before-{number}.jsonl').exists()
+            )
+            path.rename(kept)
+            self.messages.append(
+                f'{directory} held a run without a checkpoint, and this one begins anew; its '
+                f'metrics are kept in {kept.name}.'
+            )
         if path.exists():
             size, damaged = _usable_part(path, resume_step)
             os.truncate(path, size)
