@@ -152,7 +152,7 @@ def actor_critic_losses(
         'return/scale': scale,
         'critic/value': value.mean(),
         'critic/slow_value': imagined.slow_value.mean(),
-        'critic/replay_value': imagined.slow_value[:, 0].mean(),
+        'critic/replay_value': value[:, 0].mean(),
         'actor/entropy': entropy.mean(),
         'actor/advantage': advantage.mean(),
         'actor/advantage_magnitude': jnp.abs(advantage).mean(),

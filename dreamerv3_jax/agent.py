@@ -1,5 +1,6 @@
 """The agent as a library: networks, compiled policy and compiled update for given spaces."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Self
@@ -59,11 +60,12 @@ class Agent:
             config if isinstance(config, AgentConfig) else AgentConfig.from_mapping(config)
         )
         self.mesh, self.acting = mesh or sharding.make_mesh(data=1), acting
+        platform = self.mesh.devices.flat[0].platform
+        if self.config.compute_dtype == 'auto':
+            dtype = 'float32' if platform == 'cpu' else 'bfloat16'
+            self.config = dataclasses.replace(self.config, compute_dtype=dtype)
         self.networks = make_networks(
-            self.observation_specs,
-            self.action_specs,
-            self.config,
-            platform=self.mesh.devices.flat[0].platform,
+            self.observation_specs, self.action_specs, self.config, platform
         )
         self._optimizer = make_optimizer(self.config)
         self.pure_update = functools.partial(
@@ -84,9 +86,7 @@ class Agent:
         def keyed(
             mode: bool, params: Any, state: Any, observation: Any, is_first: Any, seed: Any
         ) -> Any:
-            return act(
-                params, state, observation, is_first, jax.random.wrap_key_data(seed), mode=mode
-            )
+            return act(params, state, observation, is_first, _key(seed), mode=mode)
 
         self._policy = jax.jit(keyed, static_argnums=0)
 
@@ -95,7 +95,7 @@ class Agent:
                 self.networks,
                 params,
                 batch,
-                jax.random.wrap_key_data(seed),
+                _key(seed),
                 observed=observed,
                 observation_specs=self.observation_specs,
                 action_specs=self.action_specs,
@@ -264,3 +264,8 @@ class Agent:
             name: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
             for name, tree in params.items()
         }
+
+
+def _key(seed: Any) -> Any:
+    """Key of two words, [2] uint32, whatever generator JAX takes by default."""
+    return jax.random.wrap_key_data(seed, impl='threefry2x32')

@@ -72,6 +72,8 @@ def build_config(
     # The size decides about other settings, so it has to be known first.
     for key, value in overrides:
         if key == 'size':
+            if not value:
+                raise UserError('--config.size needs a value, as in --config.size=size12m.')
             spec = f'{presets.split_spec(spec)[0]}:{value}'
     config = presets.load_config(spec)
     for key, value in overrides:

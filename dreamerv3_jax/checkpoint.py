@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dreamerv3_jax import durable, hosts
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.train_state import TrainState
 
 KEEP = 2
@@ -41,7 +41,7 @@ def latest_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
-class NotSaved(UserError):
+class NotSaved(Failure):
     """A checkpoint cannot be written, as on a full disk; those before it are whole."""
 
 
@@ -218,7 +218,7 @@ class Checkpointer:
             if not complete(step):
                 warn(step, f'has no {CHECKSUMS} and was taken unchecked.')
             return step, saved
-        raise UserError(
+        raise Failure(
             f'{self._folder} holds no checkpoint that can be read ({reason or "it is empty"}); '
             'move the folder of the run away to start anew.'
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from dreamerv3_jax import presets, settings, startup, topology
 from dreamerv3_jax.arguments import PROGRAM, Parser, build_config, split_overrides, whole_number
 from dreamerv3_jax.configs import base
-from dreamerv3_jax.errors import UserError, nearest
+from dreamerv3_jax.errors import UserError, nearest, readable_device_errors
 
 _HELP = f"""\
 usage: {PROGRAM} <command> [options]
@@ -102,7 +102,7 @@ options:
 
 settings that decide:
   --config.mesh.fsdp=1          devices over which parameters and optimiser are spread
-  --config.agent.remat=false    less memory, slower updates
+  --config.agent.remat          less memory, slower updates
   --config.agent.compute_dtype=auto
                                 bfloat16 or float32; auto is bfloat16 on TPUs
   --config.replay.batch_size=16 sequences, a multiple of the devices
@@ -143,8 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-      The exit code: 0, 2 after a mistake that was answered with one sentence, 130 after Ctrl-C, 141
-      where what reads the output has ended, as `head` does.
+      The exit code: 0, 2 after a mistake that was answered with one sentence, 1 where a run cannot
+      go on without one, 130 after Ctrl-C, 141 where what reads the output has ended, as `head`
+      does.
 
     Raises:
       SystemExit: with code 143, after SIGTERM; the run was saved.
@@ -153,10 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # it cannot encode every sign in every language
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        with readable_device_errors('for it, or another process holds it; wait for that to end.'):
+            _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f'{PROGRAM}: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -15,7 +15,7 @@ from dreamerv3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """Every number that the agent's computation depends on (`ALGORITHM` letters in brackets)."""
+    """Every number that the agent's computation depends on (letters of `types` in brackets)."""
 
     # Widths: the only fields that differ between sizes.
     deter: int  # deterministic units of the recurrent state [D]
@@ -113,6 +113,10 @@ class AgentConfig:
                 raise UserError(
                     f'agent.{name} must be from 0 to below 1, not {getattr(self, name)}.'
                 )
+        if self.min_std > self.max_std:
+            raise UserError(
+                f'agent.min_std ({self.min_std}) must not be above agent.max_std ({self.max_std}).'
+            )
         if not 0 <= self.return_low_percentile < self.return_high_percentile <= 100:
             raise UserError(
                 f'agent.return_low_percentile ({self.return_low_percentile}) must be below '

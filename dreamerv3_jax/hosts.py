@@ -26,7 +26,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 
 _PATIENCE = 300.0  # seconds in which all hosts have to be there
 _LAST_WORDS = 3.0  # seconds in which all other hosts can say why they end
@@ -199,10 +199,11 @@ def first(function: Callable[[], Any]) -> Any:
         try:
             answer['result'] = function()
         except UserError as error:
-            answer['error'] = str(error)
+            answer['error'], answer['code'] = str(error), error.exit_code
     answer = gather(answer)[0]
     if 'error' in answer:
-        raise agreed(UserError(answer['error']))
+        kind = Failure if answer['code'] == Failure.exit_code else UserError
+        raise agreed(kind(answer['error']))
     return answer['result']
 
 
@@ -242,13 +243,13 @@ def lost(error: BaseException) -> bool:
 
 
 def _leave(error: BaseException) -> None:
-    text, code = str(error), 2
+    text, code = str(error), getattr(error, 'exit_code', 1)
     if isinstance(error, KeyboardInterrupt):
         text, code = '', 130
     elif isinstance(error, SystemExit):
         text, code = '', int(error.code or 0)
     elif not isinstance(error, UserError):
-        text, code = '', 1
+        text = ''
         if lost(error):
             text = _gone(_one_line(error))
         else:

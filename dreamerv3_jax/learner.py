@@ -8,7 +8,7 @@ import numpy as np
 
 from dreamerv3_jax import sharding
 from dreamerv3_jax.agent import Agent
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure
 from dreamerv3_jax.feed import Feed
 from dreamerv3_jax.progress import Timer
 from dreamerv3_jax.replay import Replay, SampleIndex
@@ -101,7 +101,7 @@ class Learner:
           stopped: whether to make no further update.
 
         Raises:
-          UserError: too many updates in a row were skipped.
+          Failure: too many updates in a row were skipped.
         """
         due = self.ratio.due(steps)
         if self._begun:
@@ -141,7 +141,7 @@ class Learner:
         The next actions are by the newest parameters, as they are when a run goes on.
 
         Raises:
-          UserError: too many updates in a row were skipped.
+          Failure: too many updates in a row were skipped.
         """
         while self._pending:
             self._use()
@@ -174,7 +174,7 @@ class Learner:
         names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
         what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
         if counters['skipped_in_a_row'] >= MOST_SKIPPED:
-            raise UserError(
+            raise Failure(
                 f'{MOST_SKIPPED} updates in a row were skipped, as {what}; look for numbers of '
                 'extreme size in what the environment returns. The last checkpoint is kept.'
             )

@@ -13,12 +13,13 @@ import numpy as np
 from dreamerv3_jax import agreement, checkpoint, envs, hosts, run_folder, sharding, steps, summary
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.agreement import Told
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError, readable_device_errors
 from dreamerv3_jax.interrupts import Interrupted, Interrupts
 from dreamerv3_jax.learner import Learner
 from dreamerv3_jax.metrics import Means, MetricWriter
 from dreamerv3_jax.progress import ProgressLine, Timer
 from dreamerv3_jax.replay import Replay, check_memory
+from dreamerv3_jax.settings import validate
 from dreamerv3_jax.train_ratio import TrainRatio
 
 COUNTERS = (
@@ -37,19 +38,17 @@ def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = '
     Raises:
       UserError: a setting, the environment or the folder does not allow the run.
     """
+    validate(config)
     hosts.connect(config.hosts)
-    with hosts.together():
-        try:
-            with Trainer(config, Path(logdir), preset) as trainer:
-                trainer.run()
-        except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error):
-                raise
-            raise UserError(
-                f'The memory of the {jax.devices()[0].device_kind} is too small for {config.size}; '
-                f'choose a smaller size, as in --config={preset}:size12m, spread it over more '
-                'devices with --config.mesh.fsdp, or take longer with --config.agent.remat.'
-            ) from error
+    with (
+        hosts.together(),
+        readable_device_errors(
+            f'for {config.size}; choose a smaller size, as in --config.size=size12m, spread it '
+            'over more devices with --config.mesh.fsdp, or take longer with --config.agent.remat.'
+        ),
+        Trainer(config, Path(logdir), preset) as trainer,
+    ):
+        trainer.run()
 
 
 class Trainer:
@@ -303,7 +302,7 @@ class Trainer:
         """Tells the other hosts what they have to know, and hears it from them.
 
         Raises:
-          UserError: another host cannot go on.
+          Failure: another host cannot go on.
         """
         now, run, received = time.monotonic(), self._config.run, self._interrupts.received
         self._told = agreement.agree(
@@ -326,7 +325,7 @@ class Trainer:
             received.append(self._told.signal)
             self._say('Another host was told to stop; stopping to save a checkpoint ...')
         if self._told.failed and not failed:
-            raise hosts.agreed(UserError('Another host cannot go on, and says why.'))
+            raise hosts.agreed(Failure('Another host cannot go on, and says why.'))
 
     def _stopped(self) -> bool:
         """Whether a signal came; of many hosts all stop, once all have heard of it."""
@@ -388,7 +387,7 @@ class Trainer:
 
         Raises:
           NotSaved: the disk is full, or it cannot be written for another reason.
-          UserError: too many updates in a row were skipped.
+          Failure: too many updates in a row were skipped.
         """
         learner = self._learner
         learner.finish()

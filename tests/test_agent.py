@@ -1,5 +1,6 @@
 """The agent as a library, for many kinds of observations and actions."""
 
+import dataclasses
 import doctest
 import functools
 
@@ -13,6 +14,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from dreamerv3_jax import agent as agent_module
 from dreamerv3_jax import sharding, update
 from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.optimizer import make_optimizer
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
@@ -227,6 +229,14 @@ def test_mistakes():
 
 
 @pytest.mark.medium
+def test_precision_follows_the_devices_of_the_agent(monkeypatch):
+    config = dataclasses.replace(
+        AgentConfig.from_mapping(tiny_runs.agent_config()), compute_dtype='auto'
+    )
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert Agent.from_spaces(VECTOR, MOVE, config).config.compute_dtype == 'float32'
+
+
 def test_example():
     results = doctest.testmod(agent_module)
     assert results.attempted and not results.failed

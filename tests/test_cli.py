@@ -24,7 +24,7 @@ from dreamerv3_jax import cli, env_report, settings
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.envs import registry
 from dreamerv3_jax.envs.registry import Suite
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,9 @@ def mistake(capsys, *arguments):
         ('train --config=base', "There is no preset 'base'"),
         ('train --config=quickstart:size12', "no size 'size12'; did you mean 'size12m'?"),
         ('train --config=quickstart: --config.size=nanoo', "did you mean 'nano'?"),
+        ('train --config=quickstart:', "'quickstart:' lacks a size; choose one of nano,"),
+        ('train --config=quickstart --config.size', '--config.size needs a value, as in'),
+        ('train --config=quickstart --config.size=', '--config.size needs a value, as in'),
         ('train --config=mine.py', 'There is no file mine.py'),
         # Keys.
         ('train --config=quickstart --config.sed=1', 'did you mean config.seed?'),
@@ -273,6 +276,33 @@ def test_mistakes_found_later_have_the_same_form(capsys, monkeypatch, trained):
 
     monkeypatch.setattr(dreamerv3_jax.loop, 'train', train)
     assert mistake(capsys, 'train', '--config=quickstart') == 'There is no environment X.'
+
+
+@pytest.mark.parametrize(
+    ('error', 'code', 'words'),
+    [
+        (Failure('Environment 3 of X failed.'), 1, 'Environment 3 of X failed.'),
+        (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 2, 'too small for it, or another'),
+        (RuntimeError("Unable to initialize backend 'cuda':\nno GPU"), 2, 'leave it out for those'),
+    ],
+)
+def test_failures_of_a_run_are_told_in_a_sentence(capsys, monkeypatch, trained, error, code, words):
+    def train(config, logdir, preset):
+        raise error
+
+    monkeypatch.setattr(dreamerv3_jax.loop, 'train', train)
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+    assert cli.main(['train', '--config=quickstart']) == code
+    text = capsys.readouterr().err
+    assert words in text and text.count('\n') == 1
+
+
+def test_devices_that_are_not_here(monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+    command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstart']
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert 'dreamerv3-jax: JAX_PLATFORMS=tpu names devices that are not here' in result.stderr
 
 
 def test_interruption_has_its_own_exit_code(capsys, monkeypatch, trained):

@@ -206,6 +206,11 @@ def test_preset_is_one_screen(preset):
         ({'agent.unimix': 1.5}, 'between 0 and 1'),
         ({'agent.free_nats': -1.0}, 'must not be negative'),
         ({'agent.bins': 10}, 'odd number'),
+        ({'agent.gradient_clip': 0.0}, 'must be positive'),
+        ({'agent.gradient_clip_floor': 0.0}, 'must be positive'),
+        ({'agent.rms_epsilon': 1e-40}, 'must be positive'),  # 0 on devices
+        ({'agent.max_std': 0.05}, 'agent.min_std (0.1) must not be above agent.max_std (0.05)'),
+        ({'size': 'size12m'}, "with load_config('PRESET:size12m')"),
         ({'agent.compute_dtype': 'float16'}, "not 'float16'"),
     ],
 )

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -411,6 +412,25 @@ def test_a_run_whose_checkpoints_were_taken_away_is_not_begun_anew(tmp_path):
     (tmp_path / 'elsewhere').rename(tmp_path / 'checkpoints')
     with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
         assert trainer.counters['ticks'] == 3
+
+
+def test_a_run_whose_checkpoints_were_deleted_begins_anew_beside_its_metrics(tmp_path):
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
+        trainer.log()
+        trainer.save()
+    before = (tmp_path / 'metrics.jsonl').read_bytes()
+    shutil.rmtree(tmp_path / 'checkpoints' / '3')
+    with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
+        assert trainer.counters['ticks'] == 0
+    assert before and (tmp_path / 'metrics-before-1.jsonl').read_bytes() == before
+
+
+def test_settings_are_checked_in_python_too(tmp_path):
+    config = counter_config()
+    config.replay.trainratio = 512.0
+    with pytest.raises(UserError, match='did you mean config.replay.train_ratio'):
+        loop.train(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_too_little_memory_names_smaller_sizes(tmp_path, monkeypatch):

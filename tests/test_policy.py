@@ -234,6 +234,16 @@ def test_the_agent_takes_the_mode_only_if_asked():
     assert set(sampled) == {0, 1, 2} and all(modes)
 
 
+def test_samples_do_not_depend_on_the_generator_of_the_process():
+    agent = corridor.agent()
+    params, start = agent.init(0).params, agent.initial_policy_state(COUNT)
+    chosen = []
+    for generator in ('threefry2x32', 'rbg'):  # the latter has longer keys
+        with jax.default_prng_impl(generator):
+            chosen.append(agent.policy(params, start, observe(0), np.ones(COUNT, bool), (0, 7))[1])
+    np.testing.assert_array_equal(chosen[0]['action'], chosen[1]['action'])
+
+
 def test_seeds_decide_samples():
     agent = corridor.agent()
     params, start = agent.init(0).params, agent.initial_policy_state(COUNT)

@@ -139,7 +139,7 @@ def test_commands_for_many_devices(trained, planned, monkeypatch, capsys):
     for arguments in shown:
         assert cli.main(arguments) == 0, f'{arguments}: {capsys.readouterr().err}'
     many = [config for config, *_ in trained if config.logdir == '/shared/run']
-    assert [config.hosts.count for config in many] == [0, 0, 4]
+    assert [config.hosts.count for config in many] == [0, 4]
     monkeypatch.setattr(hosts, 'count', lambda: 16)  # 2 nodes with 8 GPUs
     for config in many:
         assert hosts.share(config.env.num_envs, 'env.num_envs') > 0
