@@ -1,6 +1,5 @@
 """The agent as a library: networks, compiled policy and compiled update for given spaces."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Self
@@ -56,14 +55,11 @@ class Agent:
         """
         self.observation_specs = dict(sorted(observation_specs.items()))
         self.action_specs = dict(sorted(action_specs.items()))
-        self.config = (
-            config if isinstance(config, AgentConfig) else AgentConfig.from_mapping(config)
-        )
         self.mesh, self.acting = mesh or sharding.make_mesh(data=1), acting
         platform = self.mesh.devices.flat[0].platform
-        if self.config.compute_dtype == 'auto':
-            dtype = 'float32' if platform == 'cpu' else 'bfloat16'
-            self.config = dataclasses.replace(self.config, compute_dtype=dtype)
+        if not isinstance(config, AgentConfig):
+            config = AgentConfig.from_mapping(config)
+        self.config = config.on(platform)
         self.networks = make_networks(
             self.observation_specs, self.action_specs, self.config, platform
         )

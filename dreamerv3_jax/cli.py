@@ -143,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-      The exit code: 0, 2 after a mistake that was answered with one sentence, 1 where a run cannot
-      go on without one, 130 after Ctrl-C, 141 where what reads the output has ended, as `head`
-      does.
+      The exit code: 0, 2 after a mistake, 1 where a run that was begun without a mistake cannot go
+      on, both answered with one sentence, 130 after Ctrl-C, 141 where what reads the output has
+      ended, as `head` does.
 
     Raises:
       SystemExit: with code 143, after SIGTERM; the run was saved.

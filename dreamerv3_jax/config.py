@@ -135,6 +135,13 @@ class AgentConfig:
                 f'not {self.compute_dtype!r}.'
             )
 
+    def on(self, platform: str) -> Self:
+        """Returns the settings for devices such as 'cpu', with a precision in place of 'auto'."""
+        if self.compute_dtype != 'auto':
+            return self
+        dtype = 'float32' if platform == 'cpu' else 'bfloat16'
+        return dataclasses.replace(self, compute_dtype=dtype)
+
     @property
     def discount(self) -> float:
         """Discount factor per step, `1 - 1 / discount_horizon`."""

@@ -10,14 +10,14 @@ class UserError(Exception):
     """A mistake or a missing thing that the user can mend.
 
     The message is one sentence that says what is wrong and what to do. The command line prints it
-    without a traceback and exits with code 2.
+    without a traceback and exits with `exit_code`.
     """
 
     exit_code = 2
 
 
 class Failure(UserError):
-    """What ends a run that was begun without a mistake, as a full disk does; exit code 1."""
+    """What ends a run that was begun without a mistake, as a full disk does."""
 
     exit_code = 1
 
@@ -27,22 +27,22 @@ def readable_device_errors(advice: str) -> Iterator[None]:
     """Answers what JAX says of devices that are too small, or not there.
 
     Args:
-      advice: the end of a sentence that says for what their memory is too small, and what to do.
+      advice: the end of the sentence that their memory is too small: for what, and what to do.
 
     Raises:
       UserError: instead of JAX's error.
     """
     try:
         yield
-    except RuntimeError as error:  # JAX's are such, and it need not have been imported
-        text = ' '.join(str(error).split())
+    except (RuntimeError, AssertionError) as error:  # JAX's are such; it may not be imported yet
+        text, named = ' '.join(str(error).split()), os.environ.get('JAX_PLATFORMS', '')
         if 'RESOURCE_EXHAUSTED' in text:
             raise UserError(f'The memory of the device is too small {advice}') from error
-        named = os.environ.get('JAX_PLATFORMS', '')
-        if named and text.startswith('Unable to initialize backend'):
+        # Where there is no driver either, JAX says nothing at all.
+        if named and (not text or text.startswith('Unable to initialize backend')):
             raise UserError(
                 f'JAX_PLATFORMS={named} names devices that are not here, or whose extra (cuda, '
-                f'tpu) is not installed; leave it out for those that are ({text}).'
+                'tpu) is not installed; leave it out for those that are.'
             ) from error
         raise
 

@@ -37,14 +37,15 @@ def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = '
 
     Raises:
       UserError: a setting, the environment or the folder does not allow the run.
+      Failure: the run cannot go on.
     """
     validate(config)
     hosts.connect(config.hosts)
     with (
         hosts.together(),
         readable_device_errors(
-            f'for {config.size}; choose a smaller size, as in --config.size=size12m, spread it '
-            'over more devices with --config.mesh.fsdp, or take longer with --config.agent.remat.'
+            f'for {config.size}, or another process holds it; choose a smaller --config.size, a '
+            'wider --config.mesh.fsdp or, for slower updates, --config.agent.remat.'
         ),
         Trainer(config, Path(logdir), preset) as trainer,
     ):
@@ -138,7 +139,7 @@ class Trainer:
                 self._env.close()
                 self._make_env(self.counters['ticks'])
         self._progress.episodes = self.counters['episodes']
-        self._writer = Means() if hosts.index() else self._open_metrics()
+        self._writer = Means() if hosts.index() else self._open_metrics(anew=resumed is None)
         opened.callback(self._progress.close)
         self._show_messages()
         if resumed is not None:
@@ -165,8 +166,8 @@ class Trainer:
         lock = run_folder.create(self._logdir, self._config, *specs, lock=self._lock)
         self._opened.callback(lock.close)
 
-    def _open_metrics(self) -> MetricWriter:
-        writer = MetricWriter(self._logdir, resume_step=self.counters['frames'])
+    def _open_metrics(self, *, anew: bool) -> MetricWriter:
+        writer = MetricWriter(self._logdir, resume_step=self.counters['frames'], anew=anew)
         return self._opened.enter_context(contextlib.closing(writer))
 
     def _say(self, text: str) -> None:

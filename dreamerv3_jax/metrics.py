@@ -81,6 +81,7 @@ class MetricWriter(Means):
         directory: Path,
         *,
         resume_step: int | None = None,
+        anew: bool = False,
         tensorboard: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -89,8 +90,8 @@ class MetricWriter(Means):
         Args:
           directory: of the run; made where it is missing.
           resume_step: the step from which a run goes on; later lines of the file are dropped, as is
-            a last line that was torn by a crash. A run that begins anew, at 0, keeps a file that is
-            there under another name.
+            a last line that was torn by a crash.
+          anew: whether a run begins; a file that is there is kept under another name.
           tensorboard: whether to write TensorBoard events too, if possible.
           clock: time in seconds since the epoch.
         """
@@ -98,7 +99,7 @@ class MetricWriter(Means):
         self._clock = clock
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / 'metrics.jsonl'
-        if resume_step == 0 and path.exists() and path.stat().st_size:
+        if anew and path.exists() and path.stat().st_size:
             kept = next(
                 other
                 for number in itertools.count(1)

@@ -150,6 +150,4 @@ def make_networks(
 
 def compute_dtype(config: AgentConfig) -> jnp.dtype:
     """Dtype of products and activations: unless set, bfloat16 on accelerators, float32 on CPU."""
-    if config.compute_dtype == 'auto':
-        return jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-    return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(config.on(jax.default_backend()).compute_dtype)

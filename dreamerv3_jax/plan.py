@@ -110,11 +110,10 @@ class Planner:
         """
         self.topology = topology
         self.config = config.copy_and_resolve_references()
-        if config.agent.compute_dtype == 'auto':
-            self.config.agent.compute_dtype = 'float32' if topology.kind == 'cpu' else 'bfloat16'
         self.specs = specs_of(config)
         self._devices = devices_of(topology)
         self.agent = self._make_agent(self.config)
+        self.config.agent.compute_dtype = self.agent.config.compute_dtype
 
     def _make_agent(self, config: ml_collections.ConfigDict) -> Agent:
         mesh, _ = sharding.arrange(config.mesh, config.replay.batch_size, self._devices)

@@ -119,14 +119,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(f'The settings lack {", ".join(missing)}; start from configs/base.py.')
     AgentConfig.from_mapping(config.agent.to_dict())
     _check_ranges(fields)
-    names = ('deter', 'hidden', 'classes', 'depth', 'units')
-    widths = tuple(fields[f'agent.{name}'] for name in names)
-    others = [size for size, usual in base.SIZES.items() if usual == widths]
-    if others and fields['size'] not in others:
-        raise UserError(
-            f'config.size is {fields["size"]!r}, but the widths are those of {others[0]}; choose '
-            f"a size with load_config('PRESET:{fields['size']}') or --config.size."
-        )
 
 
 def run_folder(config: ml_collections.ConfigDict, preset: str) -> Path:
@@ -166,7 +158,7 @@ def _check_ranges(fields: dict[str, Any]) -> None:
             raise UserError(f'config.{key} must be at least {least}, not {fields[key]}.')
     for key in _POSITIVE:
         if fields[key] < _LEAST_POSITIVE:
-            raise UserError(f'config.{key} must be positive, not {fields[key]}.')
+            raise UserError(f'config.{key} must be positive in float32, not {fields[key]}.')
     for key in _SHARES:
         if not 0 <= fields[key] <= 1:
             raise UserError(f'config.{key} must be between 0 and 1, not {fields[key]}.')

@@ -8,6 +8,7 @@ import ml_collections
 
 from dreamerv3_jax import hosts
 from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.configs import base
 from dreamerv3_jax.replay import bytes_per_step
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.steps import replay_specs
@@ -17,10 +18,12 @@ def agent_rows(config: ml_collections.ConfigDict, agent: Agent) -> dict[str, str
     """Returns by name what is to know of an agent and of the replay that it needs."""
     replay, counts = config.replay, agent.parameter_counts()
     step_bytes = bytes_per_step(replay_specs(agent))
+    widths = tuple(config.agent[name] for name in ('deter', 'hidden', 'classes', 'depth', 'units'))
+    size = config.size if widths == base.SIZES.get(config.size) else 'own widths'
     return {
         'observation': _listed(agent.observation_specs),
         'action': _listed(agent.action_specs),
-        'parameters': f'{sum(counts.values()):,} ({config.size}): '
+        'parameters': f'{sum(counts.values()):,} ({size}): '
         + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
         'mesh': f'data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}'
         + (', one acts' if config.mesh.acting else ''),

@@ -228,7 +228,6 @@ def test_mistakes():
         agent.compile_update(tiny_runs.SEQUENCES, tiny_runs.STEPS)
 
 
-@pytest.mark.medium
 def test_precision_follows_the_devices_of_the_agent(monkeypatch):
     config = dataclasses.replace(
         AgentConfig.from_mapping(tiny_runs.agent_config()), compute_dtype='auto'
@@ -237,6 +236,7 @@ def test_precision_follows_the_devices_of_the_agent(monkeypatch):
     assert Agent.from_spaces(VECTOR, MOVE, config).config.compute_dtype == 'float32'
 
 
+@pytest.mark.medium
 def test_example():
     results = doctest.testmod(agent_module)
     assert results.attempted and not results.failed

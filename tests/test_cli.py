@@ -1,6 +1,7 @@
 """The command line: what it accepts, and one helpful sentence for what it does not."""
 
 import functools
+import glob
 import io
 import os
 import shlex
@@ -20,7 +21,7 @@ import pytest
 import tiny_runs
 
 import dreamerv3_jax
-from dreamerv3_jax import cli, env_report, settings
+from dreamerv3_jax import checkpoint, cli, env_report, settings
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.envs import registry
 from dreamerv3_jax.envs.registry import Suite
@@ -284,6 +285,7 @@ def test_mistakes_found_later_have_the_same_form(capsys, monkeypatch, trained):
         (Failure('Environment 3 of X failed.'), 1, 'Environment 3 of X failed.'),
         (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 2, 'too small for it, or another'),
         (RuntimeError("Unable to initialize backend 'cuda':\nno GPU"), 2, 'leave it out for those'),
+        (checkpoint.NotSaved('Cannot write the checkpoint.'), 1, 'Cannot write the checkpoint.'),
     ],
 )
 def test_failures_of_a_run_are_told_in_a_sentence(capsys, monkeypatch, trained, error, code, words):
@@ -297,12 +299,16 @@ def test_failures_of_a_run_are_told_in_a_sentence(capsys, monkeypatch, trained, 
     assert words in text and text.count('\n') == 1
 
 
-def test_devices_that_are_not_here(monkeypatch):
-    monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+@pytest.mark.medium
+@pytest.mark.parametrize('platform', ['cuda', 'rocm'])  # JAX looks for the first, and has no other
+def test_devices_that_are_not_here(platform, monkeypatch):
+    if glob.glob('/dev/nvidia*') or glob.glob('/dev/kfd'):
+        pytest.skip('they may be here')
+    monkeypatch.setenv('JAX_PLATFORMS', platform)
     command = [sys.executable, '-m', 'dreamerv3_jax', 'train', '--config=quickstart']
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and 'Traceback' not in result.stderr
-    assert 'dreamerv3-jax: JAX_PLATFORMS=tpu names devices that are not here' in result.stderr
+    assert f'dreamerv3-jax: JAX_PLATFORMS={platform} names devices that are not' in result.stderr
 
 
 def test_interruption_has_its_own_exit_code(capsys, monkeypatch, trained):

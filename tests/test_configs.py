@@ -210,7 +210,6 @@ def test_preset_is_one_screen(preset):
         ({'agent.gradient_clip_floor': 0.0}, 'must be positive'),
         ({'agent.rms_epsilon': 1e-40}, 'must be positive'),  # 0 on devices
         ({'agent.max_std': 0.05}, 'agent.min_std (0.1) must not be above agent.max_std (0.05)'),
-        ({'size': 'size12m'}, "with load_config('PRESET:size12m')"),
         ({'agent.compute_dtype': 'float16'}, "not 'float16'"),
     ],
 )

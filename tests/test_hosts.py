@@ -22,7 +22,7 @@ from dreamerv3_jax import agreement, checkpoint, hosts, run_folder, sharding
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.agreement import Told
 from dreamerv3_jax.configs import base
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.loop import Trainer
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -375,6 +375,7 @@ def test_errors_of_one_host_end_it_at_once(monkeypatch, capsys):
         return codes.pop() if codes else None, capsys.readouterr().err
 
     assert end(UserError('The robot is gone.')) == (2, 'dreamerv3-jax: The robot is gone.\n')
+    assert end(Failure('The robot fell.')) == (1, 'dreamerv3-jax: The robot fell.\n')
     assert end(KeyboardInterrupt()) == (130, '')
     assert end(SystemExit(143)) == (143, '')
     code, text = end(RuntimeError('UNKNOWN: Gloo AllReduce failed:\nConnection closed by peer.'))

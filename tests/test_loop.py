@@ -21,7 +21,7 @@ from tiny_runs import SEQUENCES, STEPS
 
 from dreamerv3_jax import checkpoint, envs, evaluation, loop, policy, run_folder, update
 from dreamerv3_jax.agent import Agent
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.interrupts import Interrupted
 from dreamerv3_jax.loop import Trainer
 
@@ -438,7 +438,8 @@ def test_too_little_memory_names_smaller_sizes(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
 
     monkeypatch.setattr(Trainer, 'tick', tick)
-    with pytest.raises(UserError, match='too small for nano; choose a smaller size'):
+    words = 'too small for nano, or another process holds it; choose a smaller --config.size'
+    with pytest.raises(UserError, match=words):
         loop.train(counter_config(), tmp_path, 'tiny')
 
 
@@ -664,7 +665,7 @@ def test_messages(tmp_path, capsys):
         'toy_envs:Counter, 2 in parallel, repeat 1',
         'action: 4 choices, count: 2 numbers',
         'action: 3 choices',
-        f'{sum(counts.values()):,} (nano)',
+        f'{sum(counts.values()):,} (own widths)',
         f'dynamics {counts["dynamics"]:,}',
         '8 cpu',
         'mesh data=1 fsdp=1',
@@ -736,7 +737,7 @@ def test_an_environment_that_only_fails_stops_the_run_in_the_end(tmp_path):
     words = (
         'Environment 5 of toy_envs:Counter failed: ValueError: the robot fell over .* again 3 times'
     )
-    with Trainer(config, tmp_path, 'tiny') as trainer, pytest.raises(UserError, match=words):
+    with Trainer(config, tmp_path, 'tiny') as trainer, pytest.raises(Failure, match=words):
         for _ in range(20):
             trainer._env._streams[5]._env._fail_at = 2
             trainer.tick()
@@ -802,7 +803,7 @@ def test_too_many_skipped_updates_stop_the_run_and_keep_the_checkpoint(tmp_path,
     config = counter_config(run__checkpoint_every=1e-9, run__steps=10_000)
     with Trainer(config, tmp_path, 'tiny') as trainer:
         spoil(trainer, monkeypatch, spoilt=range(5, 100))
-        with pytest.raises(UserError, match='10 updates in a row were skipped, as loss/reward is'):
+        with pytest.raises(Failure, match='10 updates in a row were skipped, as loss/reward is'):
             trainer.run()
         assert trainer.counters['updates'] == 14
     with Trainer(config, tmp_path, 'tiny') as trainer:

@@ -132,14 +132,14 @@ def test_a_damaged_line_is_told_and_costs_no_other(tmp_path):
 
 def test_a_run_that_begins_anew_keeps_the_metrics_before(tmp_path):
     write_lines(tmp_path, [1, 2])
-    write_lines(tmp_path, [1, 2, 3], resume_step=0)
-    writer = make_writer(tmp_path, resume_step=0)
+    write_lines(tmp_path, [1, 2, 3], resume_step=0, anew=True)
+    writer = make_writer(tmp_path, resume_step=0, anew=True)
     writer.close()
     assert read_lines(tmp_path) == []
     kept = [tmp_path / f'metrics-before-{number}.jsonl' for number in (1, 2)]
     assert [len(path.read_text().splitlines()) for path in kept] == [2, 3]
     assert 'its metrics are kept in metrics-before-2.jsonl' in writer.messages[0]
-    writer = make_writer(tmp_path, resume_step=0)  # there is nothing to keep
+    writer = make_writer(tmp_path, resume_step=0, anew=True)  # there is nothing to keep
     writer.close()
     assert writer.messages == []
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure
 from dreamerv3_jax.interrupts import Interrupted
 from dreamerv3_jax.learner import MOST_SKIPPED
 from dreamerv3_jax.loop import Trainer
@@ -154,5 +154,5 @@ def test_skipped_updates_in_a_row_are_counted_across_stops(tmp_path):
         trainer.save()
     with Trainer(config, tmp_path, 'tiny') as trainer:
         trainer._learner._pending = [(None, None, skipped)]
-        with pytest.raises(UserError, match='in a row were skipped'):
+        with pytest.raises(Failure, match='in a row were skipped'):
             trainer._learner.finish()

@@ -23,7 +23,7 @@ from dreamerv3_jax.envs.stream import (
     frame_rate,
 )
 from dreamerv3_jax.envs.vector import VectorEnvironment, failure
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
 
 
@@ -105,8 +105,9 @@ class Native(VectorEnvironment):
                 for index in streams.tolist()
             ]
             check_reward(reward[streams])
-        for row in streams.tolist():
-            self._add_logs(episode_logs(_row_of_info(info.get('final_info', {}), row)))
+            final = info.get('final_info')  # a dictionary of arrays, where gymnasium makes it
+            for row in streams.tolist() if isinstance(final, dict) else ():
+                self._add_logs(episode_logs(_row_of_info(final, row)))
         observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
         last = np.ones(len(streams), bool)
         records = Records(observation, reward[streams], ~last, last, terminated[streams])
@@ -148,7 +149,7 @@ class Native(VectorEnvironment):
         try:
             yield
         except Exception as error:
-            raise failure(self._id, None, error) from error
+            raise Failure(str(failure(self._id, None, error))) from error
 
     def close(self) -> None:
         """Releases the environments."""
