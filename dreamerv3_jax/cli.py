@@ -259,6 +259,8 @@ def _evaluate(arguments: list[str]) -> None:
         ),
     )
     mean, lengths, count = result['mean'], result['lengths'], len(result['returns'])
+    if options.video and count > 1:
+        print(f'{options.video} shows episode {result["filmed"]}')
     if count == 1:
         print(f'return {mean:.2f}, length {lengths[0]}')
         return

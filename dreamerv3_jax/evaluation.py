@@ -126,13 +126,14 @@ def evaluate(
       logdir: folder of the run.
       episodes: how many.
       seed: of the environments and of all sampling.
-      video: .mp4 or .gif of the first episode.
+      video: .mp4 or .gif of an episode, the first of the first environment.
       sample: samples actions instead of taking the most probable ones.
       report: called after each episode with its number from 1, its return and its length.
 
     Returns:
       'mean', 'ci95' (half-width of the 95% confidence interval of the mean; not a number for one
-      episode), and per episode 'returns' and 'lengths' (agent steps).
+      episode), and per episode 'returns' and 'lengths' (agent steps); with a video 'filmed', the
+      number of its episode.
 
     Raises:
       UserError: there is nothing to evaluate, or no way to make the video.
@@ -144,6 +145,7 @@ def evaluate(
     quota = np.array([len(range(index, episodes, count)) for index in range(count)])
     returns, lengths = np.zeros(count), np.zeros(count, np.int64)
     finished: dict[str, list[float]] = {'returns': [], 'lengths': []}
+    result: dict[str, Any] = {}
     env_seed = run_folder.derived_seed(seed, 2**31)
     with (
         video_file.Film(None if video is None else Path(video)) as film,
@@ -166,7 +168,8 @@ def evaluate(
                     finished['lengths'].append(int(lengths[stream]))
                     report(len(finished['returns']), float(returns[stream]), int(lengths[stream]))
                     quota[stream] -= 1
-                    film.running = film.running and stream != 0
+                    if film.running and stream == 0:
+                        film.running, result['filmed'] = False, len(finished['returns'])
             # After an automatic reset the picture is of the next episode already.
             if recording and not (records.is_first[0] and not film.running):
                 film.add(video_file.picture(env, records))
@@ -178,7 +181,7 @@ def evaluate(
     ci95 = float('nan')
     if episodes > 1:
         ci95 = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, episodes - 1))
-    return {'mean': float(values.mean()), 'ci95': ci95, **finished}
+    return result | {'mean': float(values.mean()), 'ci95': ci95, **finished}
 
 
 def open_loop(

@@ -311,6 +311,8 @@ def _after(
         )
     if figures.memory:
         rows['fits'] = f'{"yes" if figures.fits else "no"}: {memory(figures)}'
+        if topology.kind == 'cpu' and not config.replay.on_disk:
+            rows['fits'] += ', beside the replay'
     each = figures.flops / figures.devices
     rows['operations'] = f'{figures.flops / 1e12:.4g} TFLOP, {each / 1e12:.4g} on each device'
     if not figures.refused:

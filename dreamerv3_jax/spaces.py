@@ -21,7 +21,7 @@ from dreamerv3_jax.images import resize
 
 # Image sides for which the network has layers.
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 48, 256, 16
-NO_BOUND = 1e18  # bounds of actions beyond this are taken for none
+NO_BOUND = 1e9  # bounds of actions beyond this are taken for none; MuJoCo's none is 1e10
 
 _Convert = Callable[[Any, tuple[int, ...]], np.ndarray]
 _Path = tuple[Any, ...]

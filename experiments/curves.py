@@ -95,6 +95,8 @@ def plot(
         axes.plot(where, scores, color=line.get_color(), alpha=0.2, lw=0.8)
     if published:
         task = json.loads((LEARNING / 'published.json').read_text())[published]
+        if x == 'updates' and any(x not in row for row in task.values()):
+            raise SystemExit(f'The updates of {published} were not published; leave --x out.')
         where = np.array([row[x] if x in row else int(frame) for frame, row in task.items()])
         shown = where <= axes.get_xlim()[1] * 1.25
         median, least, most = (

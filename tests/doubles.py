@@ -38,6 +38,7 @@ class RecordedLabContract:
         if unknown:
             raise ValueError(f'Unknown observation {unknown}')
         assert level.startswith('contributed/dmlab30/')
+        assert not level.endswith('_test') or config.get('allowHoldOutLevels') == 'true'
         assert renderer in ('software', 'hardware')
         self.level, self.config, self.renderer = level, config, renderer
         self.names = observations
@@ -258,7 +259,6 @@ class RecordedMineRLContract:
                 'score': np.array(0),
                 'xp': np.array(0),
             },
-            'compass': {'angle': np.array(-90.0)},
         }
 
 
@@ -269,7 +269,6 @@ def minerl_modules():
         FlatInventoryObservation=_handler('inventory'),
         EquippedItemObservation=_handler('equipped_items'),
         ObservationFromLifeStats=_handler('life_stats'),
-        CompassObservation=_handler('compass'),
         KeybasedCommandAction=_Key,
         CameraAction=_handler('camera'),
         PlaceBlock=_handler('place', _Items),

@@ -42,7 +42,8 @@ def evaluated(monkeypatch):
 
     def evaluate(logdir, **options):
         calls.append((logdir, options))
-        return {'mean': 3.0, 'ci95': 0.5, 'returns': np.array([2.0, 4.0]), 'lengths': [10, 20]}
+        shown = {'returns': np.array([2.0, 4.0]), 'lengths': [10, 20], 'filmed': 2}
+        return {'mean': 3.0, 'ci95': 0.5, **shown}
 
     module = types.ModuleType('dreamerv3_jax.evaluation')
     module.evaluate = evaluate

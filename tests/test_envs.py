@@ -744,6 +744,31 @@ def test_environments_that_cannot_be_closed_end_all_the_same(env_id, vectorizati
     assert capfd.readouterr().err == ''
 
 
+@pytest.mark.parametrize('vectorization', ['auto', 'sync', 'async'])
+def test_environments_without_spaces(vectorization):
+    with pytest.raises(UserError, match="toy_envs:Spaceless: AttributeError.* 'observation_space'"):
+        make('toy_envs:Spaceless', vectorization=vectorization)
+
+
+def test_pictures_of_environments_that_come_vectorised():
+    with make('ToyCounter-v0', vectorization='native', render=True) as env:
+        env.reset()
+        assert env.render().shape == (4, 6, 3)
+    with make('ToyUnclosable-v0', vectorization='native', render=True) as env:  # takes no mode
+        env.reset()
+        assert env.render() is None
+
+
+def test_an_id_without_version_is_the_newest_one():
+    assert registry.registered('CartPole').id == 'CartPole-v1'
+    assert registry._draws('CartPole') and not registry._draws('NoSuchThing')
+
+
+def test_arguments_are_those_that_are_read_from_a_run():
+    config = ml_collections.ConfigDict({'sizes': (1, [2, (3,)]), 'more': {'size': (4, 5)}})
+    assert envs._plain(config) == {'sizes': [1, [2, [3]]], 'more': {'size': [4, 5]}}
+
+
 def test_processes_that_the_system_does_not_start(monkeypatch):
     started, start = [], processes._start
 

@@ -167,9 +167,16 @@ def test_video(ending, run, tmp_path):
         [sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True
     )
     rate, frames, *shape = map(float, read.stdout.split())
-    assert rate == 20  # as the environment says
+    assert rate == 20 and result['filmed'] == 1  # as the environment says
     assert frames == result['lengths'][0] + 1  # with the first and the last observation
     assert shape == [4 * 43, 6 * 43, 3]  # 4 x 6 pixels, enlarged to more than 256
+
+
+def test_the_episode_of_the_video_is_named(run, tmp_path):
+    images = pytest.importorskip('PIL.Image')
+    result = evaluate(run, episodes=9, video=tmp_path / 'film.gif')
+    with images.open(tmp_path / 'film.gif') as film:
+        assert film.n_frames == result['lengths'][result['filmed'] - 1] + 1
 
 
 @pytest.mark.parametrize('name', ['file/film.mp4', 'folder.gif'])

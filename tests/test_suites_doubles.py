@@ -162,14 +162,13 @@ class TestMinecraft:
                 'inventory': (many,),
                 'inventory_max': (many,),
                 'equipped': (len(doubles.ITEMS) + 1,),
-                **dict.fromkeys(('health', 'hunger', 'breath', 'compass'), (1,)),
+                **dict.fromkeys(('health', 'hunger', 'breath'), (1,)),
             }
             assert env.action_specs['action'].classes == (25,)
             assert env.messages == []
             first = env.reset().observation
             assert first['health'] == first['breath'] == 1.0
             assert first['hunger'] == 0.5
-            assert first['compass'] == -0.5
             assert first['equipped'].sum() == 1.0
             game = RecordedMineRLContract.latest
             assert game.spec.agent_start[0].arguments == (100.0,)
@@ -227,7 +226,7 @@ class TestMinecraft:
             rewards = []
             for game.life in (20.0, 15.0, 15.0, 17.0):
                 rewards.append(env.step(discrete(0))[0].reward[0])
-            np.testing.assert_allclose(rewards, [0, -0.05, 0, 0.02], atol=1e-6)
+            np.testing.assert_allclose(rewards, [0, -0.0025, 0, 0.001], atol=1e-7)
             game.life = 3.0
             env.reset()  # heals without a reward
             assert env.step(discrete(0))[0].reward[0] == 0.0
@@ -249,7 +248,7 @@ class TestMinecraft:
             records, _ = env.step(discrete(0))
             assert records.is_last[0]
             assert records.is_terminal[0]
-            assert records.reward[0] == pytest.approx(-0.2)
+            assert records.reward[0] == pytest.approx(-0.01)
             assert env.step(discrete(0))[0].is_first[0]
 
     def test_a_dead_game_is_started_again(self):

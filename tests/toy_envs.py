@@ -151,6 +151,10 @@ class Camera(gymnasium.Env):
         return np.full((64, 64, 3), 7, np.uint8), float(action.sum()), False, False, {}
 
 
+class Spaceless(gymnasium.Env):
+    pass
+
+
 class Unclosable(Camera):
     def close(self) -> None:
         raise BrokenPipeError('the simulator is gone')

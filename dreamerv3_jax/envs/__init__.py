@@ -104,7 +104,9 @@ def _settings(
 
 
 def _plain(value: Any) -> Any:
-    """Returns a ConfigDict as nested dictionaries."""
+    """Returns a ConfigDict as dictionaries and lists, as `evaluate` will read it from JSON."""
     if hasattr(value, 'to_dict'):
-        return value.to_dict()
-    return dict(value) if isinstance(value, Mapping) else value
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -9,7 +9,7 @@ about lives, and episodes cut (not terminated) after 108,000 frames. The 100k be
 The vector environment in C++ of ale-py cannot follow this protocol: it shrinks pictures by another
 filter than the published code (`images.resize` has that one), and where a game ends within a repeat
 it shows older frames than the last two. It is there as `ale_py:ALE/Pong-v5` with
-`env.vectorization=native`.
+`env.vectorization=native`, and clips rewards unless `env.kwargs.reward_clipping=false`.
 """
 
 from pathlib import Path

@@ -106,6 +106,8 @@ def make(
     config = {'width': str(image_size or 64), 'height': str(image_size or 64)}
     if dataset:
         config['datasetPath'] = dataset
+    if name in TEST_LEVELS:  # which else refuse to be played
+        config['allowHoldOutLevels'] = 'true'
     lab = deepmind_lab.Lab(
         f'contributed/dmlab30/{name}', [_IMAGE, _INSTRUCTION, _REMAINING], config, renderer
     )

@@ -18,11 +18,13 @@ from gymnasium.envs import registration
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
 from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.images import resize
 
 choose_renderer()
 from dm_control.locomotion.props import target_sphere  # noqa: E402  # before the maze chooses
 
 _SIZES = ('9x9', '11x11', '13x13', '15x15')
+_LEAST_SIDE = 64  # pixels; smaller pictures are all border
 
 
 def _import_tasks() -> Any:
@@ -112,19 +114,24 @@ class Maze(gymnasium.Env):
             self.close()
             self._env = self._create(
                 image_only_obs=True,
-                camera_resolution=self._image_size,
+                camera_resolution=max(_LEAST_SIDE, self._image_size),
                 seed=int(self.np_random.integers(2**31 - 1)),
             )
-        self._picture = self._env.reset().observation
+        self._look(self._env.reset())
         return self._picture, {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Takes one step; there is no end but the time limit."""
         time_step = self._env.step(int(action))
-        self._picture = time_step.observation
+        self._look(time_step)
         terminated = time_step.last() and time_step.discount == 0
         truncated = time_step.last() and not terminated
         return self._picture, float(time_step.reward), terminated, truncated, {}
+
+    def _look(self, time_step: Any) -> None:
+        self._picture = time_step.observation
+        if len(self._picture) != self._image_size:
+            self._picture = resize(self._picture, self._image_size, self._image_size)
 
     def render(self) -> np.ndarray:
         """Returns the picture that is observed."""

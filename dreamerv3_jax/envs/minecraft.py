@@ -1,15 +1,14 @@
 """Minecraft: from bare hands to a diamond, in a new world every episode.
 
 `minecraft/diamond`. The agent gets 1 for each of twelve milestones when it first holds the item in
-an episode, and 0.01 for each point of health that it gains, which it pays for each one it loses.
+an episode, and up to 0.01 for health: what it gains or loses of it, as a share of all 20 points.
 Blocks break 100 times faster than for people, since a policy that explores seldom holds a button
 for long. Death terminates an episode, 36,000 steps cut it. At the end `info` reports under
 'log/milestone_<item>' which milestones were reached, and under 'log/milestones' how many.
 
 Observes the 'image', the numbers of all items that are held now ('inventory') and that were held at
 most so far ('inventory_max'), which item is in the hand ('equipped'), 'health', 'hunger' and
-'breath' (each 1 when full), and the 'compass': the direction of the place where the episode
-started, in half turns.
+'breath' (each 1 when full).
 
 The published actions craft by name. MineRL 0.4.4 is the last one that can do so, and the one that
 the published environment is based on (github.com/danijar/diamond_env): MineRL 1.0 has keys and
@@ -48,7 +47,7 @@ MILESTONES = (
     'iron_pickaxe',
     'diamond',
 )
-HEALTH_REWARD = 0.01
+HEALTH_REWARD = 0.01 / 20  # for each point, as in the published code; its words say 0.01
 PITCH_LIMIT = 60  # degrees up and down
 ATTACK_STEPS = 30  # for which the button is held, at the game's own speed of breaking
 JUMP_STEPS = 10
@@ -150,7 +149,6 @@ class DiamondSpec(EnvSpec):
             # A copy, as the handler adds to it.
             handlers.EquippedItemObservation(list(mc.ALL_ITEMS), _default='air', _other='other'),
             handlers.ObservationFromLifeStats(),
-            handlers.CompassObservation(),
         ]
 
     def create_actionables(self) -> list[Any]:
@@ -234,7 +232,6 @@ class Diamond(gymnasium.Env):
                 'inventory': box(0, np.inf, (many,), np.float32),
                 'inventory_max': box(0, np.inf, (many,), np.float32),
                 'equipped': box(0, 1, (len(self._equippable),), np.float32),
-                'compass': box(-1, 1, (1,), np.float32),
                 **scalars,
             }
         )
@@ -333,6 +330,5 @@ class Diamond(gymnasium.Env):
             'inventory': inventory,
             'inventory_max': self._most,
             'equipped': equipped,
-            'compass': np.array([found['compass']['angle'] / 180], np.float32),
             **life,
         }

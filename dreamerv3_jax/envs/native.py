@@ -1,11 +1,13 @@
 """Environments that come vectorised by their authors."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from dreamerv3_jax.envs.registry import (
@@ -14,6 +16,7 @@ from dreamerv3_jax.envs.registry import (
     is_vector_suite,
     make_vector,
     readable_errors,
+    registered,
 )
 from dreamerv3_jax.envs.stream import (
     FinalRecords,
@@ -105,9 +108,10 @@ class Native(VectorEnvironment):
                 for index in streams.tolist()
             ]
             check_reward(reward[streams])
-            final = info.get('final_info')  # a dictionary of arrays, where gymnasium makes it
-            for row in streams.tolist() if isinstance(final, dict) else ():
-                self._add_logs(episode_logs(_row_of_info(final, row)))
+            final = info.get('final_info')
+            if isinstance(final, dict):  # of arrays, as gymnasium makes it
+                for row in streams.tolist():
+                    self._add_logs(episode_logs(_row_of_info(final, row)))
         observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
         last = np.ones(len(streams), bool)
         records = Records(observation, reward[streams], ~last, last, terminated[streams])
@@ -159,15 +163,26 @@ class Native(VectorEnvironment):
 
 def _make_registered(settings: Settings) -> VectorEnv:
     kwargs = dict(settings.kwargs)
-    if settings.render:
-        kwargs.setdefault('render_mode', 'rgb_array')
     with readable_errors(settings.id):
+        if settings.render and _takes_render_mode(settings.id):
+            kwargs.setdefault('render_mode', 'rgb_array')
         return gymnasium.make_vec(
             settings.id,
             len(settings.seeds),
             vectorization_mode='vector_entry_point',
             **kwargs,
         )
+
+
+def _takes_render_mode(env_id: str) -> bool:
+    entry_point = registered(env_id).vector_entry_point
+    if entry_point is None:
+        return False
+    creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    parameters = inspect.signature(creator).parameters
+    return 'render_mode' in parameters or any(
+        parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
 
 
 def _row_of_info(info: dict[str, Any], row: int) -> dict[str, Any]:

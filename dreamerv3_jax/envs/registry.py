@@ -20,10 +20,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
-from gymnasium.envs.registration import load_env_creator
+from gymnasium.envs.registration import (
+    EnvSpec,
+    find_highest_version,
+    get_env_id,
+    load_env_creator,
+    parse_env_id,
+)
 from gymnasium.error import DependencyNotInstalled, Error, UnregisteredEnv
 from gymnasium.vector import VectorEnv
 
+from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
 from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
 
@@ -264,7 +271,7 @@ def _make_from_suite(settings: Settings, **extra: Any) -> Any:
 
 def _make_registered(settings: Settings) -> gymnasium.Env:
     kwargs = dict(settings.kwargs)
-    if settings.render and _draws(settings.id.rpartition(':')[2]):
+    if settings.render and _draws(settings.id):
         kwargs.setdefault('render_mode', 'rgb_array')
     with warnings.catch_warnings():
         # Whoever names an older version means it.
@@ -273,11 +280,29 @@ def _make_registered(settings: Settings) -> gymnasium.Env:
         return gymnasium.make(settings.id, disable_env_checker=True, **kwargs)
 
 
-def _draws(registered_id: str) -> bool:
+def registered(env_id: str) -> EnvSpec:
+    """Returns what gymnasium knows of 'id' or 'module:id', in the newest version if it has none.
+
+    Raises:
+      Error: it is not registered.
+    """
+    module, _, name = env_id.rpartition(':')
+    if module:
+        importlib.import_module(module)
+    space, stem, version = parse_env_id(name)
+    if version is None:
+        name = get_env_id(space, stem, find_highest_version(space, stem))
+    return gymnasium.spec(name)
+
+
+def _draws(env_id: str) -> bool:
     try:
-        entry_point = gymnasium.spec(registered_id).entry_point
+        entry_point = registered(env_id).entry_point
     except Error:
         return False
+    if str(entry_point).startswith('gymnasium.envs.mujoco'):  # which looks for a screen first
+        choose_renderer()
+        check_renderer()
     creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
     return 'rgb_array' in getattr(creator, 'metadata', {}).get('render_modes', ())
 

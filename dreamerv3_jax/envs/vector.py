@@ -7,9 +7,10 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import gymnasium
 import numpy as np
 
-from dreamerv3_jax.envs.registry import Settings, make_env
+from dreamerv3_jax.envs.registry import Settings, make_env, readable_errors
 from dreamerv3_jax.envs.stream import (
     Ending,
     FinalRecords,
@@ -310,13 +311,18 @@ def open_stream(settings: Settings, index: int) -> Stream:
     Raises:
       UserError: it cannot be built, or its spaces are not supported.
     """
-    side = settings.image_size
-    return Stream(
-        make_env(settings),
-        image_size=(side, side) if side else None,
-        autoreset=settings.autoreset,
-        seed=settings.seeds[index],
-    )
+    side, env = settings.image_size, make_env(settings)
+    try:
+        with readable_errors(settings.id):
+            return Stream(
+                env,
+                image_size=(side, side) if side else None,
+                autoreset=settings.autoreset,
+                seed=settings.seeds[index],
+            )
+    except UserError:
+        close_stream(env)
+        raise
 
 
 def different_spaces(env_id: str) -> UserError:
@@ -339,7 +345,7 @@ def failure(env_id: str, index: int | None, error: BaseException) -> UserError:
     return UserError(f'{which} failed: {type(error).__name__}: {text}{place}.')
 
 
-def close_stream(stream: Stream) -> None:
+def close_stream(stream: Stream | gymnasium.Env) -> None:
     """Closes an environment, which a broken one need not be able to."""
     with contextlib.suppress(Exception, SystemExit):
         stream.close()
