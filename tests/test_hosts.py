@@ -219,11 +219,13 @@ def test_one_host_agrees_with_itself():
 
 
 def test_what_the_first_host_says(second_of_two):
-    second_of_two += [{'result': 20}, {'error': 'The folder is in use.'}]
+    told = [('The folder is in use.', 2), ('The disk is full.', 1)]
+    second_of_two += [{'result': 20}, *({'error': text, 'code': code} for text, code in told)]
     assert hosts.first(pytest.fail) == 20
-    with pytest.raises(UserError, match='The folder is in use.') as error:
-        hosts.first(pytest.fail)
-    assert error.value in hosts._all_know
+    for text, code in told:
+        with pytest.raises(UserError, match=text) as error:
+            hosts.first(pytest.fail)
+        assert error.value in hosts._all_know and error.value.exit_code == code
 
 
 def test_numbers_that_do_not_divide(second_of_two):

@@ -111,7 +111,7 @@ class Conv(nn.Module):
         kernel = jnp.einsum('abio,apmx,bqny->xypqimno', self.kernel, fold, fold)
         kernel = kernel.reshape(3, 3, 4 * self.inputs, 4 * self.features)
         x = self._convolve(space_to_depth(x), kernel)
-        return self._add_bias(largest(x.reshape(*x.shape[:-1], 2, 2, self.features), (3, 4)))
+        return self._add_bias(largest(*jnp.split(x, 4, -1)))
 
     def upsampled(self, x: Array) -> Array:
         """`conv(nearest_upsample(x))`: [N, H, W, inputs] -> [N, 2H, 2W, features]."""
@@ -137,36 +137,31 @@ def depth_to_space(x: Array) -> Array:
 
 def max_pool(x: Array) -> Array:
     """2x2 maximum, [N, 2H, 2W, C] -> [N, H, W, C]."""
-    n, h, w, c = x.shape
-    return largest(x.reshape(n, h // 2, 2, w // 2, 2, c), (2, 4))
+    return largest(*(x[:, row::2, column::2] for row in range(2) for column in range(2)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def largest(x: Array, axes: tuple[int, int]) -> Array:
-    """The maximum over two axes of size 2, whose gradient goes in equal parts to all that are it.
+@jax.custom_vjp
+def largest(*arrays: Array) -> Array:
+    """The maximum of arrays, by element, whose gradient goes in equal parts to all that are it.
 
-    [N, H, W, 2, 2, C] with axes (3, 4), or [N, H, 2, W, 2, C] with axes (2, 4), -> [N, H, W, C].
-    As slices, which a CPU is much faster with than with windows. The gradient of `jnp.maximum`
-    would decide each pair by itself, with a division each.
+    Of slices, as the gradient of a maximum over windows is a scatter. That of `jnp.maximum` would
+    decide each pair by itself, with a division each.
     """
-    for axis in axes:
-        first, second = (jax.lax.index_in_dim(x, index, axis) for index in range(2))
-        x = jnp.maximum(first, second)
-    return jnp.squeeze(x, axes)
+    return functools.reduce(jnp.maximum, arrays)
 
 
-def _largest_forward(x: Array, axes: tuple[int, int]) -> tuple[Array, tuple[Array, Array]]:
-    most = largest(x, axes)
-    return most, (x, most)
+def _largest_forward(*arrays: Array) -> tuple[Array, tuple[tuple[Array, ...], Array]]:
+    most = largest(*arrays)
+    return most, (arrays, most)
 
 
 def _largest_backward(
-    axes: tuple[int, int], residuals: tuple[Array, Array], gradient: Array
-) -> tuple[Array]:
-    x, most = residuals
-    chosen = x == jnp.expand_dims(most, axes)
-    part = gradient / jnp.sum(chosen.astype(gradient.dtype), axes)
-    return (jnp.where(chosen, jnp.expand_dims(part, axes), jnp.zeros((), gradient.dtype)),)
+    residuals: tuple[tuple[Array, ...], Array], gradient: Array
+) -> tuple[Array, ...]:
+    arrays, most = residuals
+    chosen = [array == most for array in arrays]
+    part = gradient / sum(is_most.astype(gradient.dtype) for is_most in chosen)
+    return tuple(jnp.where(is_most, part, jnp.zeros((), part.dtype)) for is_most in chosen)
 
 
 largest.defvjp(_largest_forward, _largest_backward)
