@@ -75,7 +75,7 @@ options:
   --logdir=RUN_FOLDER           the same as RUN_FOLDER
   --episodes=20                 number of episodes
   --seed=0                      seed of the environments, and of the actions if sampled
-  --video=FILE.mp4              also writes a video of the first episode (or FILE.gif)
+  --video=FILE.mp4              also writes a video of an episode (or FILE.gif)
   --open-loop=FILE.mp4          also writes a video of four sequences whose first 5 steps of 50 the
                                 world model sees: the truth, below it what the model predicts from
                                 the actions alone, and the difference (or FILE.gif)

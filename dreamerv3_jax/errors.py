@@ -38,11 +38,13 @@ def readable_device_errors(advice: str) -> Iterator[None]:
         text, named = ' '.join(str(error).split()), os.environ.get('JAX_PLATFORMS', '')
         if 'RESOURCE_EXHAUSTED' in text:
             raise UserError(f'The memory of the device is too small {advice}') from error
-        # Where there is no driver either, JAX says nothing at all.
-        if named and (not text or text.startswith('Unable to initialize backend')):
+        # Of GPUs without a driver JAX says nothing at all.
+        silent = named == 'cuda' and not text and isinstance(error, AssertionError)
+        if silent or (named and text.startswith('Unable to initialize backend')):
             raise UserError(
-                f'JAX_PLATFORMS={named} names devices that are not here, or whose extra (cuda, '
-                'tpu) is not installed; leave it out for those that are.'
+                f'JAX_PLATFORMS={named} names devices that are not here, taken, or without their '
+                'extra (cuda, tpu); leave it out for those that are'
+                + (f' ({text}).' if text else '.')
             ) from error
         raise
 

@@ -44,8 +44,8 @@ def train(config: ml_collections.ConfigDict, logdir: Path | str, preset: str = '
     with (
         hosts.together(),
         readable_device_errors(
-            f'for {config.size}, or another process holds it; choose a smaller --config.size, a '
-            'wider --config.mesh.fsdp or, for slower updates, --config.agent.remat.'
+            'for these networks, or another process holds it; choose a smaller --config.size, a '
+            'wider --config.mesh.fsdp, or --config.agent.remat, which makes updates slower.'
         ),
         Trainer(config, Path(logdir), preset) as trainer,
     ):

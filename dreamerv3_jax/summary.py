@@ -19,7 +19,7 @@ def agent_rows(config: ml_collections.ConfigDict, agent: Agent) -> dict[str, str
     replay, counts = config.replay, agent.parameter_counts()
     step_bytes = bytes_per_step(replay_specs(agent))
     widths = tuple(config.agent[name] for name in ('deter', 'hidden', 'classes', 'depth', 'units'))
-    size = config.size if widths == base.SIZES.get(config.size) else 'own widths'
+    size = next((name for name, usual in base.SIZES.items() if usual == widths), 'own widths')
     return {
         'observation': _listed(agent.observation_specs),
         'action': _listed(agent.action_specs),

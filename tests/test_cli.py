@@ -286,6 +286,7 @@ def test_mistakes_found_later_have_the_same_form(capsys, monkeypatch, trained):
         (Failure('Environment 3 of X failed.'), 1, 'Environment 3 of X failed.'),
         (RuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 2, 'too small for it, or another'),
         (RuntimeError("Unable to initialize backend 'cuda':\nno GPU"), 2, 'leave it out for those'),
+        (AssertionError(), 2, 'leave it out for those that are.'),  # of JAX, without a driver
         (checkpoint.NotSaved('Cannot write the checkpoint.'), 1, 'Cannot write the checkpoint.'),
     ],
 )
@@ -298,6 +299,17 @@ def test_failures_of_a_run_are_told_in_a_sentence(capsys, monkeypatch, trained, 
     assert cli.main(['train', '--config=quickstart']) == code
     text = capsys.readouterr().err
     assert words in text and text.count('\n') == 1
+
+
+@pytest.mark.parametrize('error', [AssertionError(), NotImplementedError()])
+def test_mistakes_of_ours_are_no_missing_devices(error, monkeypatch, trained):
+    def train(config, logdir, preset):
+        raise error
+
+    monkeypatch.setattr(dreamerv3_jax.loop, 'train', train)
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    with pytest.raises(type(error)):
+        cli.main(['train', '--config=quickstart'])
 
 
 @pytest.mark.medium

@@ -15,7 +15,7 @@ import pytest
 import toy_envs
 
 from dreamerv3_jax import envs
-from dreamerv3_jax.envs import processes, registry, vector
+from dreamerv3_jax.envs import native, processes, registry, vector
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
 from dreamerv3_jax.envs.vector import InProcess
@@ -748,6 +748,19 @@ def test_environments_that_cannot_be_closed_end_all_the_same(env_id, vectorizati
 def test_environments_without_spaces(vectorization):
     with pytest.raises(UserError, match="toy_envs:Spaceless: AttributeError.* 'observation_space'"):
         make('toy_envs:Spaceless', vectorization=vectorization)
+
+
+def test_environments_without_spaces_that_come_vectorised(monkeypatch):
+    closed = []
+
+    def no_space(space):
+        raise AttributeError('no attribute single_action_space')
+
+    monkeypatch.setattr(native, 'ActionAdapter', no_space)
+    monkeypatch.setattr(toy_envs.UnclosableVector, 'close_extras', lambda *_: closed.append(True))
+    with pytest.raises(UserError, match='ToyUnclosable-v0: AttributeError: no attribute single'):
+        make('ToyUnclosable-v0', vectorization='native')
+    assert closed
 
 
 def test_pictures_of_environments_that_come_vectorised():

@@ -384,6 +384,11 @@ def test_gradients_of_maxima_are_shared():
     assert shared.ravel().tolist() == [0.25] * 4
 
 
+def test_max_pool_needs_pairs():
+    with pytest.raises(ValueError, match='of 4x3 pixels'):
+        convolutions.max_pool(jnp.ones((1, 4, 3, 1)))
+
+
 def test_max_pool_by_hand():
     x = jnp.array([[1.0, 2, 5, 0], [3, 0, -1, -2]]).reshape(1, 2, 4, 1)
     assert convolutions.max_pool(x)[0, :, :, 0].tolist() == [[3, 5]]

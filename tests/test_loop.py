@@ -438,7 +438,7 @@ def test_too_little_memory_names_smaller_sizes(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
 
     monkeypatch.setattr(Trainer, 'tick', tick)
-    words = 'too small for nano, or another process holds it; choose a smaller --config.size'
+    words = 'too small for these networks, or another process holds it; choose a smaller'
     with pytest.raises(UserError, match=words):
         loop.train(counter_config(), tmp_path, 'tiny')
 

@@ -266,6 +266,7 @@ def test_continuous_action_values():
     [
         (-np.inf, np.inf, np.float32, (-1, 1)),
         (-np.finfo(np.float32).max, np.finfo(np.float32).max, np.float32, (-1, 1)),
+        (-1e10, 1e10, np.float64, (-1, 1)),  # MuJoCo's
         (5, np.inf, np.float32, (5, 7)),
         (0, np.finfo(np.float32).max, np.float32, (0, 2)),
         (-np.inf, -3, np.float32, (-5, -3)),

@@ -40,7 +40,7 @@ def make(
     Raises:
       UserError: there is no such task, or pictures are asked for and cannot be drawn.
     """
-    # Those of lqr end never, and chance makes their world before a seed can.
+    # Those of lqr have no time limit, and draw their world before they can be seeded.
     tasks = {f'{x}_{task}': (x, task) for x, task in suite.ALL_TASKS if x != 'lqr'}
     if name not in tasks:
         raise UserError(

@@ -52,6 +52,14 @@ class Native(VectorEnvironment):
             )
         self.num_envs = len(settings.seeds)
         self._env = make_vector(settings) if of_suite else _make_registered(settings)
+        try:
+            with readable_errors(settings.id):
+                self._look_into(settings, of_suite)
+        except UserError:
+            self.close()
+            raise
+
+    def _look_into(self, settings: Settings, of_suite: bool) -> None:
         mode = self._env.metadata.get('autoreset_mode')
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise UserError(f"{settings.id} does not reset itself; use env.vectorization='async'.")

@@ -137,6 +137,8 @@ def depth_to_space(x: Array) -> Array:
 
 def max_pool(x: Array) -> Array:
     """2x2 maximum, [N, 2H, 2W, C] -> [N, H, W, C]."""
+    if x.shape[1] % 2 or x.shape[2] % 2:
+        raise ValueError(f'Images of {x.shape[1]}x{x.shape[2]} pixels cannot be halved.')
     return largest(*(x[:, row::2, column::2] for row in range(2) for column in range(2)))
 
 
