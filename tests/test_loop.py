@@ -461,6 +461,7 @@ def test_every_start_plays_other_episodes(tmp_path):
     assert np.all(found[1][:, 3] != found[0][:, 0])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('vectorization', ['sync', 'async', 'native'])
 def test_seeds_follow_from_the_checkpoint_that_is_taken(vectorization, tmp_path):
     """Not from the damaged one before it: going on from there once more is the same run."""

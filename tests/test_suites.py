@@ -342,12 +342,15 @@ class TestCrafter:
             assert env.render().shape == (256, 256, 3)
 
 
+# Craftax takes half a minute to compile; `test_contract.py` plays its smaller game.
+_MARKS = {'craftax': pytest.mark.slow, 'memory_maze': pytest.mark.medium}
+
+
 @pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize(
     'preset',
     [
-        # Craftax takes half a minute to compile; `test_contract.py` plays its smaller game.
-        pytest.param(name, marks=[pytest.mark.slow] if name == 'craftax' else [])
+        pytest.param(name, marks=_MARKS.get(name, ()))
         for name in presets.names()
         if '/' in presets.load_config(name).env.id
     ],

@@ -232,6 +232,7 @@ class TestProcGen:
             with pytest.raises(UserError, match=f'needs {words}'):
                 make_pool('procgen/coinrun')
 
+    @pytest.mark.medium
     def test_seeds(self):
         check_seeds('procgen/starpilot')
 

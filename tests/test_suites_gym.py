@@ -346,6 +346,7 @@ class TestVizdoom:
                 records, _ = env.step(discrete(0))
             assert records.is_terminal[0]
 
+    @pytest.mark.medium
     def test_every_scenario(self):
         from dreamerv3_jax.envs import vizdoom
 
