@@ -132,7 +132,9 @@ class Checkpointer:
             full = re.search('no space left on device|quota exceeded', str(error), re.IGNORECASE)
             reason = full.group() if full else _one_line(error)
             raise NotSaved(
-                f'Cannot write the checkpoint {self._folder / str(step)}: {reason}'
+                f'Cannot write the checkpoint {self._folder / str(step)}: {reason}; '
+                + ('make room for it, ' if full else '')
+                + 'those before it are kept.'
             ) from error
         finally:
             if hosts.index() == 0:

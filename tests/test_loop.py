@@ -831,7 +831,8 @@ def test_a_full_disk_costs_checkpoints_only(small_disk, capsys):
         with pytest.raises(UserError, match='Cannot write the checkpoint'):
             trainer.save()  # as at the end of the run
     out = capsys.readouterr().out
-    assert out.count('No space left on device. Training goes on; the next attempt is in') == 5
+    text = 'No space left on device; make room for it, those before it are kept. Training goes on; '
+    assert out.count(f'{text}the next attempt is in') == 5
     small_disk.empty()
     with Trainer(config, folder, 'tiny') as trainer:
         assert trainer.counters['ticks'] == 20
@@ -873,7 +874,7 @@ def test_termination_on_a_full_disk_has_its_exit_code(small_disk, monkeypatch, c
         with pytest.raises(SystemExit) as error:
             trainer.run()
         assert error.value.code == 143 and trainer.counters['ticks'] == 1
-    assert 'checkpoints/1: No space left on device\n' in capsys.readouterr().out
+    assert 'checkpoints/1: No space left on device; make room for it' in capsys.readouterr().out
 
 
 def flags(config, prefix='config'):
