@@ -4,6 +4,9 @@ One set of hyperparameters serves all domains; a preset changes the environment,
 the run length and the size. Sizes differ in widths only.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 from dreamerv3_jax.errors import UserError
@@ -22,6 +25,13 @@ SIZES = {
     'size200m': (8192, 1024, 64, 64, 1024),
     'size400m': (12288, 1536, 96, 96, 1536),
 }
+WIDTHS = ('deter', 'hidden', 'classes', 'depth', 'units')
+
+
+def size_of(agent: Mapping[str, Any]) -> str:
+    """Returns the size that has the widths of these settings of an agent, or 'own widths'."""
+    widths = tuple(agent[name] for name in WIDTHS)
+    return next((size for size, usual in SIZES.items() if usual == widths), 'own widths')
 
 
 def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:

@@ -87,7 +87,7 @@ def keep_compiled_programs() -> None:
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
         return
     # A home folder may be shared by machines that do not understand each other's programs.
-    machine = hashlib.sha256(_instruction_set().encode()).hexdigest()[:8]
+    machine = hashlib.sha256(instruction_set().encode()).hexdigest()[:8]
     with contextlib.suppress(OSError, RuntimeError):  # no home, or none to write to
         home = Path(os.environ.get('XDG_CACHE_HOME', ''))
         if not home.is_absolute():
@@ -98,7 +98,8 @@ def keep_compiled_programs() -> None:
             os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
+    """Returns the line of the system that names the processor's instructions, or its kind."""
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
             if line.startswith(('flags', 'Features')):

@@ -18,12 +18,10 @@ def agent_rows(config: ml_collections.ConfigDict, agent: Agent) -> dict[str, str
     """Returns by name what is to know of an agent and of the replay that it needs."""
     replay, counts = config.replay, agent.parameter_counts()
     step_bytes = bytes_per_step(replay_specs(agent))
-    widths = tuple(config.agent[name] for name in ('deter', 'hidden', 'classes', 'depth', 'units'))
-    size = next((name for name, usual in base.SIZES.items() if usual == widths), 'own widths')
     return {
         'observation': _listed(agent.observation_specs),
         'action': _listed(agent.action_specs),
-        'parameters': f'{sum(counts.values()):,} ({size}): '
+        'parameters': f'{sum(counts.values()):,} ({base.size_of(config.agent)}): '
         + ', '.join(f'{name.strip("_")} {count:,}' for name, count in counts.items()),
         'mesh': f'data={agent.mesh.shape["data"]} fsdp={agent.mesh.shape["fsdp"]}'
         + (', one acts' if config.mesh.acting else ''),

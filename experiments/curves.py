@@ -26,7 +26,6 @@ import numpy as np
 from dreamerv3_jax.configs import base
 from experiments.machine import processor
 
-WIDTHS = ('deter', 'hidden', 'classes', 'depth', 'units')
 KEPT = ('step', 'time', 'episode/score', 'episode/length', 'count/updates', 'count/episodes')
 PAUSE = 300.0  # seconds between two lines that are more than a slow update: the run had stopped
 LEARNING = pathlib.Path(__file__).parent / 'learning'
@@ -39,13 +38,12 @@ def keep(run: pathlib.Path, output: pathlib.Path, cores: int) -> None:
     passed = np.diff(times, prepend=times[0])
     seconds = np.cumsum(np.where(passed > PAUSE, 0.0, passed)).round(1).tolist()
     config = json.loads((run / 'config.json').read_text())
-    widths = tuple(config['agent'][name] for name in WIDTHS)
     header = {
         'date': time.strftime('%Y-%m-%d', time.gmtime(times[-1])),
         'machine': f'{processor()}, {cores} core{"s" * (cores > 1)}',
         'environment': config['env']['id'],
         'action_repeat': config['env']['repeat'],
-        'size': next(size for size, values in base.SIZES.items() if values == widths),
+        'size': base.size_of(config['agent']),
         'seed': config['seed'],
         'train_ratio': config['replay']['train_ratio'],
     }

@@ -25,7 +25,7 @@ def processor() -> str:
 
 def this_machine() -> str:
     """Its processor, cores and widest instructions: the names of virtual ones do not tell these."""
-    wide = 'with' if ' avx512f' in startup._instruction_set() else 'without'
+    wide = 'with' if ' avx512f' in startup.instruction_set() else 'without'
     return f'{processor()}, {os.cpu_count()} cores, {wide} AVX-512'
 
 

@@ -773,7 +773,7 @@ def test_pictures_of_environments_that_come_vectorised():
 
 
 def test_an_id_without_version_is_the_newest_one():
-    assert registry.registered('CartPole').id == 'CartPole-v1'
+    assert registry._registered('CartPole').id == 'CartPole-v1'
     assert registry._draws('CartPole') and not registry._draws('NoSuchThing')
 
 

@@ -28,7 +28,7 @@ def test_programs_are_kept_by_instruction_set(environment, tmp_path):
     folder = Path(kept_in())
     assert folder.parent == tmp_path / 'dreamerv3_jax' and folder.is_dir()
     environment.delenv('JAX_COMPILATION_CACHE_DIR')
-    environment.setattr(startup, '_instruction_set', lambda: 'another machine')
+    environment.setattr(startup, 'instruction_set', lambda: 'another machine')
     assert Path(kept_in()) != folder
 
 

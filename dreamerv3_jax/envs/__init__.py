@@ -14,7 +14,7 @@ from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
 from dreamerv3_jax.envs.registry import Settings, check_installed, is_suite, is_vector_suite
 from dreamerv3_jax.envs.stream import FinalRecords, Records, empty_records
-from dreamerv3_jax.envs.vector import InProcess, VectorEnvironment, close_stream, open_stream
+from dreamerv3_jax.envs.vector import InProcess, VectorEnvironment, close_quietly, open_stream
 from dreamerv3_jax.errors import UserError
 
 MOST_RESTARTS = 3  # of an environment in a row
@@ -64,7 +64,7 @@ def make(
     # What draws pictures is slow enough to be worth a process.
     first = open_stream(settings, 0)
     if any(spec.kind == 'image' for spec in first.observation_specs.values()):
-        close_stream(first)
+        close_quietly(first)
         return Processes(settings)
     return InProcess(settings, first)
 

@@ -1,13 +1,11 @@
 """Environments that come vectorised by their authors."""
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from dreamerv3_jax.envs.registry import (
@@ -16,7 +14,7 @@ from dreamerv3_jax.envs.registry import (
     is_vector_suite,
     make_vector,
     readable_errors,
-    registered,
+    takes_render_mode,
 )
 from dreamerv3_jax.envs.stream import (
     FinalRecords,
@@ -25,7 +23,7 @@ from dreamerv3_jax.envs.stream import (
     episode_logs,
     frame_rate,
 )
-from dreamerv3_jax.envs.vector import VectorEnvironment, failure
+from dreamerv3_jax.envs.vector import VectorEnvironment, close_quietly, failure
 from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
 
@@ -54,12 +52,12 @@ class Native(VectorEnvironment):
         self._env = make_vector(settings) if of_suite else _make_registered(settings)
         try:
             with readable_errors(settings.id):
-                self._look_into(settings, of_suite)
+                self._adapt(settings, of_suite)
         except UserError:
             self.close()
             raise
 
-    def _look_into(self, settings: Settings, of_suite: bool) -> None:
+    def _adapt(self, settings: Settings, of_suite: bool) -> None:
         mode = self._env.metadata.get('autoreset_mode')
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise UserError(f"{settings.id} does not reset itself; use env.vectorization='async'.")
@@ -165,14 +163,13 @@ class Native(VectorEnvironment):
 
     def close(self) -> None:
         """Releases the environments."""
-        with contextlib.suppress(Exception, SystemExit):  # as in `close_stream`
-            self._env.close()
+        close_quietly(self._env)
 
 
 def _make_registered(settings: Settings) -> VectorEnv:
     kwargs = dict(settings.kwargs)
     with readable_errors(settings.id):
-        if settings.render and _takes_render_mode(settings.id):
+        if settings.render and takes_render_mode(settings.id):
             kwargs.setdefault('render_mode', 'rgb_array')
         return gymnasium.make_vec(
             settings.id,
@@ -180,17 +177,6 @@ def _make_registered(settings: Settings) -> VectorEnv:
             vectorization_mode='vector_entry_point',
             **kwargs,
         )
-
-
-def _takes_render_mode(env_id: str) -> bool:
-    entry_point = registered(env_id).vector_entry_point
-    if entry_point is None:
-        return False
-    creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-    parameters = inspect.signature(creator).parameters
-    return 'render_mode' in parameters or any(
-        parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()
-    )
 
 
 def _row_of_info(info: dict[str, Any], row: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dreamerv3_jax.envs.registry import Settings
 from dreamerv3_jax.envs.stream import Records, Stream, empty_actions, empty_records
 from dreamerv3_jax.envs.vector import (
     Restartable,
-    close_stream,
+    close_quietly,
     different_spaces,
     failure,
     open_stream,
@@ -223,7 +223,7 @@ def _work(connection: Connection, settings: Settings, index: int, tied: bool) ->
             connection.send(message)
     finally:
         if stream is not None:
-            close_stream(stream)
+            close_quietly(stream)
 
 
 def _end_with_parent() -> None:

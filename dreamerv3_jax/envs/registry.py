@@ -280,7 +280,7 @@ def _make_registered(settings: Settings) -> gymnasium.Env:
         return gymnasium.make(settings.id, disable_env_checker=True, **kwargs)
 
 
-def registered(env_id: str) -> EnvSpec:
+def _registered(env_id: str) -> EnvSpec:
     """Returns what gymnasium knows of 'id' or 'module:id', in the newest version if it has none.
 
     Raises:
@@ -297,14 +297,28 @@ def registered(env_id: str) -> EnvSpec:
 
 def _draws(env_id: str) -> bool:
     try:
-        entry_point = registered(env_id).entry_point
+        entry_point = _registered(env_id).entry_point
     except Error:
         return False
     if str(entry_point).startswith('gymnasium.envs.mujoco'):  # which looks for a screen first
         choose_renderer()
         check_renderer()
-    creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-    return 'rgb_array' in getattr(creator, 'metadata', {}).get('render_modes', ())
+    return 'rgb_array' in getattr(_loaded(entry_point), 'metadata', {}).get('render_modes', ())
+
+
+def takes_render_mode(env_id: str) -> bool:
+    """Whether the vectorisation that an environment brings can be told to draw."""
+    entry_point = _registered(env_id).vector_entry_point
+    if entry_point is None:
+        return False
+    parameters = inspect.signature(_loaded(entry_point)).parameters
+    return 'render_mode' in parameters or any(
+        parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _loaded(entry_point: Any) -> Any:
+    return load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
 
 
 def _user_function(module: str, attribute: str) -> Callable[..., Any] | None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import VectorEnv
 
 from dreamerv3_jax.envs.registry import Settings, make_env, readable_errors
 from dreamerv3_jax.envs.stream import (
@@ -285,7 +286,7 @@ class InProcess(Restartable):
         return answers
 
     def _rebuild(self, row: int, settings: Settings) -> None:
-        close_stream(self._streams[row])
+        close_quietly(self._streams[row])
         stream = open_stream(settings, row)
         if not self._fits(stream):
             raise different_spaces(settings.id)
@@ -301,7 +302,7 @@ class InProcess(Restartable):
     def close(self) -> None:
         """Releases all environments."""
         for stream in self._streams:
-            close_stream(stream)
+            close_quietly(stream)
         self._streams = []
 
 
@@ -321,7 +322,7 @@ def open_stream(settings: Settings, index: int) -> Stream:
                 seed=settings.seeds[index],
             )
     except UserError:
-        close_stream(env)
+        close_quietly(env)
         raise
 
 
@@ -345,7 +346,7 @@ def failure(env_id: str, index: int | None, error: BaseException) -> UserError:
     return UserError(f'{which} failed: {type(error).__name__}: {text}{place}.')
 
 
-def close_stream(stream: Stream | gymnasium.Env) -> None:
+def close_quietly(env: Stream | gymnasium.Env | VectorEnv) -> None:
     """Closes an environment, which a broken one need not be able to."""
     with contextlib.suppress(Exception, SystemExit):
-        stream.close()
+        env.close()
