@@ -1,6 +1,7 @@
 """The benchmarks count, compare and write what they should."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_runs
 
 from dreamerv3_jax import flops, update
 
@@ -126,12 +128,19 @@ def test_memory_is_gathered_from_places_that_no_cache_holds(monkeypatch):
 
 
 @pytest.mark.medium
-def test_a_case_is_measured_and_written(tmp_path):
+def test_a_case_is_measured_and_written(tmp_path, quick_compilation):
     from experiments import machine
 
     command = [*MEASURE, 'policy size1m vectors 1', '--runs=2', f'--results={tmp_path}']
+    variables = tiny_runs.quick_variables(quick_compilation) | {'JAX_NUM_CPU_DEVICES': '1'}
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     (case,) = json.loads((tmp_path / 'results.json').read_text())['cases'].values()
