@@ -12,6 +12,7 @@ import numpy as np
 from dreamerv3_jax import policy, prediction, sharding, startup, update
 from dreamerv3_jax.actions import zero_actions
 from dreamerv3_jax.config import AgentConfig
+from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.networks import compute_dtype, make_networks
 from dreamerv3_jax.optimizer import make_optimizer
 from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, ObservationAdapter
@@ -211,11 +212,16 @@ class Agent:
 
         Returns:
           The compiled program (`jax.stages.Compiled`), to be looked at.
+
+        Raises:
+          UserError: there is one step only, or the sequences do not divide among the devices.
         """
         self._compile(self.blank_batch(batch_size, batch_length))
         return self._compiled_update
 
     def _compile(self, batch: Batch) -> None:
+        if batch.reward.shape[1] < 3:
+            raise UserError('The update takes sequences of at least 2 steps, after their context.')
         state = jax.eval_shape(lambda: self.init(0))
         state_sharding = sharding.state_sharding(self.mesh, state)
         batch_sharding = sharding.batch_sharding(self.mesh, batch.reward.shape[0])

@@ -7,10 +7,21 @@ defaults; the published values live in `configs/base.py`.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
+
 from dreamerv3_jax.errors import UserError
+
+_POSITIVE = (
+    'learning_rate', 'gradient_clip', 'gradient_clip_floor', 'min_std', 'return_limit',
+    'rms_epsilon',
+)  # fmt: skip
+_LEAST_POSITIVE = 1e-37  # less is 0 in float32
+_SHARES = ('unimix', 'return_lambda', 'slow_critic_rate', 'return_rate')
+_DECAYS = ('momentum', 'rms_decay')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,11 +102,12 @@ class AgentConfig:
         return cls(**{name: _checked(name, values[name], kind) for name, kind in fields.items()})
 
     def __post_init__(self) -> None:
-        """Refuses combinations for which no network exists.
+        """Refuses values with which nothing can be learned, and combinations without a network.
 
         Raises:
           UserError: with the setting to change.
         """
+        self._check_numbers()
         layers = [field.name for field in dataclasses.fields(self) if field.name.endswith('layers')]
         widths = ('deter', 'hidden', 'classes', 'depth', 'units', 'stoch', 'blocks', 'bins')
         most = dict.fromkeys(layers, 100) | dict.fromkeys((*widths, 'imagination_length'), 100_000)
@@ -106,13 +118,6 @@ class AgentConfig:
                 raise UserError(f'agent.{name} must be at {bound}, not {value}.')
         if self.classes > 256:  # the replay keeps class indices in 8 bits
             raise UserError(f'agent.classes must be at most 256, not {self.classes}.')
-        if self.discount_horizon <= 1:
-            raise UserError(f'agent.discount_horizon must be above 1, not {self.discount_horizon}.')
-        for name in ('momentum', 'rms_decay'):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f'agent.{name} must be from 0 to below 1, not {getattr(self, name)}.'
-                )
         if self.min_std > self.max_std:
             raise UserError(
                 f'agent.min_std ({self.min_std}) must not be above agent.max_std ({self.max_std}).'
@@ -134,6 +139,24 @@ class AgentConfig:
                 "agent.compute_dtype is 'auto', 'float32' or 'bfloat16', "
                 f'not {self.compute_dtype!r}.'
             )
+
+    def _check_numbers(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(value, str):
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f'agent.{name} must be finite, not {value}.')
+            if value < 0:
+                raise UserError(f'agent.{name} must not be negative, not {value}.')
+            if name in _POSITIVE and value < _LEAST_POSITIVE:
+                raise UserError(f'agent.{name} must be positive in float32, not {value}.')
+            if name in _SHARES and value > 1:
+                raise UserError(f'agent.{name} must be between 0 and 1, not {value}.')
+            if name in _DECAYS and (value >= 1 or np.float32(value) == 1):
+                raise UserError(f'agent.{name} must be from 0 to below 1, not {value}.')
+        if self.discount_horizon <= 1:
+            raise UserError(f'agent.discount_horizon must be above 1, not {self.discount_horizon}.')
 
     def on(self, platform: str) -> Self:
         """Returns the settings for devices such as 'cpu', with a precision in place of 'auto'."""

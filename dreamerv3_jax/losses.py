@@ -63,6 +63,7 @@ def image_loss(prediction: Array, target: Array) -> Array:
       [...] float32.
     """
     chex.assert_equal_shape([prediction, target])
+    chex.assert_type(target, jnp.uint8)
     error = prediction.astype(jnp.float32) - target.astype(jnp.float32) * (1 / 255)
     return jnp.sum(jnp.square(error), (-3, -2, -1))
 
@@ -114,7 +115,7 @@ def actor_loss(
 def critic_loss(
     logits: Array, returns: Array, slow_value: Array, bins: np.ndarray, *, slow_scale: float
 ) -> Array:
-    """Cross entropy to the returns plus the same to the slow critic's values (paper eq. 7).
+    """Cross entropy to the returns plus the same to the slow critic's values (paper eq. 5).
 
     `CE(critic, sg(R)) + slow_scale * CE(critic, sg(slow value))`. Cross entropy is linear in its
     target, so both share one pass over the logits.

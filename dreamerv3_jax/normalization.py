@@ -1,4 +1,4 @@
-"""Percentile normalisation of returns (paper, "Actor learning", eq. 6)."""
+"""Percentile normalisation of returns (paper, "Actor learning", eq. 7)."""
 
 import chex
 import jax.numpy as jnp

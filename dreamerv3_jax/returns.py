@@ -1,4 +1,4 @@
-"""Lambda-returns and trajectory weights (paper, "Critic learning", eq. 7)."""
+"""Lambda-returns and trajectory weights (paper, "Critic learning", eq. 5)."""
 
 import chex
 import jax

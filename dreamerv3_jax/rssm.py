@@ -92,7 +92,7 @@ def observe_step(
     Returns:
       The posterior latent [N, ...] and its log-probabilities [N, S, C].
     """
-    deter, stoch = (_mask(~is_first, x) for x in latent)
+    deter, stoch = (_mask(jnp.logical_not(is_first), x) for x in latent)
     deter = dynamics(params, deter, flat(stoch), action, method='sequence')
     logits = flat(dynamics(params, deter, tokens, method='posterior'))
     shape = (*logits.shape[:-1], *latent.stoch.shape[-2:])
@@ -127,7 +127,8 @@ def scan_with_batched_gradients(
     128 numbers.
 
     Args:
-      step: maps parameters, a state and inputs, each [N, ...], to the next state and an output.
+      step: maps parameters, a state and inputs, each [N, ...], to the next state and an output,
+        each row by itself: gradients are taken of T * N rows at once.
       params: of the step.
       start: state [N, ...].
       inputs: [T, N, ...].
@@ -319,7 +320,7 @@ def open_loop(
 
     def step(latent: Latent, inputs: tuple) -> tuple[Latent, Latent]:
         step_action, step_is_first, step_uniform = inputs
-        latent = Latent(*(_mask(~step_is_first, x) for x in latent))
+        latent = Latent(*(_mask(jnp.logical_not(step_is_first), x) for x in latent))
         latent = imagine_step(dynamics, params, latent, step_action, step_uniform, unimix=unimix)
         return latent, latent
 

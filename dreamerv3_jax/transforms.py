@@ -75,12 +75,18 @@ def two_hot_mean(logits: Array, bins: np.ndarray) -> Array:
 
     Returns:
       [...] float32.
+
+    Raises:
+      ValueError: the bins are in another order.
     """
     chex.assert_axis_dimension(logits, -1, len(bins))
+    half = len(bins) // 2
+    positive = bins[half : 2 * half]
+    if bins[-1] != 0 or not np.array_equal(bins[:half], -positive):
+        raise ValueError('The bins must be in the order of two_hot_bins.')
     logits = logits.astype(jnp.float32)
     most = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
     weights = jnp.exp(logits - most)
-    half = len(bins) // 2
-    positive = bins[half : 2 * half].reshape((1,) * (logits.ndim - 1) + (-1,))
     difference = weights[..., half : 2 * half] - weights[..., :half]
+    positive = positive.reshape((1,) * (logits.ndim - 1) + (-1,))
     return jnp.sum(difference * positive, -1) / jnp.sum(weights, -1)

@@ -1,4 +1,4 @@
-"""World-model losses on replayed sequences (paper eq. 2 to 4)."""
+"""World-model losses on replayed sequences (paper eq. 2 and 3)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

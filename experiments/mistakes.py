@@ -66,8 +66,8 @@ MISTAKES = (
     ),
     Mistake(
         'state not reset', 'rssm.py',
-        'deter, stoch = (_mask(~is_first, x) for x in latent)', 'deter, stoch = latent',
-        'test_rssm.py',
+        'deter, stoch = (_mask(jnp.logical_not(is_first), x) for x in latent)',
+        'deter, stoch = latent', 'test_rssm.py',
     ),
     Mistake(
         'reset one step late under next-step autoreset', 'envs/native.py',
@@ -155,8 +155,8 @@ MISTAKES = (
     ),
     Mistake(
         'no gradient of the replay critic in the model', 'actor_critic.py',
-        'networks, params, slow_critic, latent, batch, result[:, 0], config',
-        'networks, params, slow_critic, sg(latent), batch, result[:, 0], config',
+        'networks, params, latent, batch, result[:, 0], imagined',
+        'networks, params, sg(latent), batch, result[:, 0], imagined',
         'test_mistakes.py',
     ),
     Mistake(

@@ -228,6 +228,11 @@ def test_mistakes():
         agent.compile_update(tiny_runs.SEQUENCES, tiny_runs.STEPS)
 
 
+def test_a_single_step_is_too_short():
+    with pytest.raises(UserError, match='at least 2 steps'):
+        make_agent('vector to choice').compile_update(tiny_runs.SEQUENCES, 1)
+
+
 def test_precision_follows_the_devices_of_the_agent(monkeypatch):
     config = dataclasses.replace(
         AgentConfig.from_mapping(tiny_runs.agent_config()), compute_dtype='auto'

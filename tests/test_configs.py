@@ -1,5 +1,6 @@
 """Presets: complete, of published values, and honest in what they say."""
 
+import math
 import re
 
 import pytest
@@ -165,10 +166,10 @@ def test_docstring_commands_are_accepted(preset, trained):
 @pytest.mark.parametrize('preset', TABLE)
 def test_docstring_installs_an_extra_that_exists(preset):
     text = presets._preset_module(preset).__doc__
-    extras = re.findall(r"pip install 'dreamerv3-jax\[(\w+)\]'", text)
+    extras = re.findall(r"pip install -e '\.\[(\w+)\]'", text)
     suite = presets.load_config(preset).env.id.partition('/')[0]
-    if suite in SUITES and SUITES[suite].install.startswith('pip install "dreamerv3-jax['):
-        assert [f'pip install "dreamerv3-jax[{extra}]"' for extra in extras] == [
+    if suite in SUITES and SUITES[suite].install.startswith('in the clone, '):
+        assert [f'in the clone, pip install -e ".[{extra}]"' for extra in extras] == [
             SUITES[suite].install
         ]
     else:
@@ -205,6 +206,7 @@ def test_preset_is_one_screen(preset):
         ({'mesh.fsdp': 0}, 'must be at least 1'),
         ({'agent.unimix': 1.5}, 'between 0 and 1'),
         ({'agent.free_nats': -1.0}, 'must not be negative'),
+        ({'agent.rms_decay': 1 - 1e-9}, 'from 0 to below 1'),  # 1 on devices
         ({'agent.bins': 10}, 'odd number'),
         ({'agent.gradient_clip': 0.0}, 'must be positive'),
         ({'agent.gradient_clip_floor': 0.0}, 'must be positive'),
@@ -218,6 +220,20 @@ def test_impossible_values_are_refused(change, words):
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=re.escape(words)):
         settings.validate(config)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'unimix': 1.5},
+        {'return_limit': 0.0},
+        {'discount_horizon': math.nan},
+        {'learning_rate': 0.0},
+    ],
+)
+def test_impossible_values_are_refused_by_the_agent_itself(change):
+    with pytest.raises(UserError, match=f'agent.{next(iter(change))} must be'):
+        AgentConfig.from_mapping(base.get_config().agent.to_dict() | change)
 
 
 def test_incomplete_unknown_and_mistyped_settings_are_refused():

@@ -1,5 +1,7 @@
 """Encoder, decoder and heads: plain forms of the image paths, and all shapes they must take."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,12 +219,19 @@ def test_middle_grey_is_zero():
     # Half of 255 is nothing, so the encoder of it, without biases, is nothing.
     specs = {'image': image(48, 48, 1)}
     encoder = make_encoder(specs)
-    grey = {'image': jnp.full((1, 48, 48, 1), 127.5)}
+    shape = (1, 48, 48, 1)
     params = jax.tree.map(
         lambda x: jnp.zeros(x.shape) if x.ndim == 1 else jnp.ones(x.shape),
-        jax.eval_shape(encoder.init, jax.random.key(0), grey),
+        jax.eval_shape(encoder.init, jax.random.key(0), {'image': jnp.zeros(shape, jnp.uint8)}),
     )
-    assert not np.any(jax.jit(encoder.apply)(params, grey))
+    encode = functools.partial(encoder.apply, method='_image')
+    assert not np.any(jax.jit(encode)(params, jnp.full(shape, 127.5)))
+
+
+def test_pictures_that_are_scaled_already_are_refused():
+    encoder = make_encoder({'image': image(48, 48, 1)})
+    with pytest.raises(AssertionError):
+        encoder.init(jax.random.key(0), {'image': jnp.ones((1, 48, 48, 1))})
 
 
 # Heads.

@@ -138,6 +138,13 @@ def test_observe_is_a_loop_of_steps():
         np.testing.assert_allclose(result.log_posterior[:, t], log_posterior, rtol=1e-3, atol=1e-4)
 
 
+def test_flags_of_first_steps_may_be_numbers():
+    start, action, tokens, is_first = inputs()
+    expected = observed(start, action, tokens, is_first)
+    found = observed(start, action, tokens, is_first.astype(jnp.uint8))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_imagine_is_a_loop_of_steps():
     """States from the start on, each with the action that leads to the next one."""
     start, params, dynamics = latent(2, seed=5), parameters()['dynamics'], networks().dynamics

@@ -88,6 +88,14 @@ def run(*command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_known_mistakes_can_be_put_in(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from experiments.mistakes import MISTAKES
+
+    for mistake in MISTAKES:
+        assert (PACKAGE / mistake.file).read_text().count(mistake.right) == 1, mistake.name
+
+
 def test_lint():
     run('-m', 'ruff', 'check', '--no-cache', '.')
 

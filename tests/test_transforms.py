@@ -129,6 +129,11 @@ def test_mean_by_hand():
     np.testing.assert_allclose(two_hot_mean(logits, SMALL), 0.625, rtol=1e-6)
 
 
+def test_bins_in_another_order_are_refused():
+    with pytest.raises(ValueError, match='order of two_hot_bins'):
+        two_hot_mean(jnp.zeros(5), np.sort(SMALL))
+
+
 def test_mean_of_certainty_is_the_bin():
     logits = jnp.where(jnp.eye(255) > 0, 0.0, -jnp.inf)
     np.testing.assert_allclose(decode(logits), BINS, rtol=1e-6)

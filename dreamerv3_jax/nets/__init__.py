@@ -1,1 +1,1 @@
-"""Flax linen modules: each does one step on arrays of any leading shape, holds only parameters."""
+"""Flax linen modules: each does one step on a batch and holds only parameters."""

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ class Encoder(nn.Module):
                 )
             )
         if images := image_keys(self.specs):
+            chex.assert_type([observation[name] for name in images], jnp.uint8)
             image = jnp.concatenate([observation[name] for name in images], -1)
             parts.append(self._image(image))
         return jnp.concatenate(parts, -1)
