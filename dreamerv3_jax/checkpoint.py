@@ -42,7 +42,9 @@ def latest_step(folder: Path) -> int | None:
 
 
 class NotSaved(Failure):
-    """A checkpoint cannot be written, as on a full disk; those before it are whole."""
+    """A checkpoint cannot be written; those before it are whole."""
+
+    full = False  # whether the disk is
 
 
 class Saved(NamedTuple):
@@ -63,7 +65,7 @@ class _ArrayFiles(ocp.CheckpointHandler):
         """Writes the arrays, which may be views of any layout."""
         for name, array in args.arrays.items():
             try:
-                np.save(directory / f'{quote(name, safe="")}.npy', array, allow_pickle=False)
+                _write_array(directory / f'{quote(name, safe="")}.npy', array)
             except OSError as error:
                 if error.errno is None:  # numpy wrote less than it should and does not say why
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -75,6 +77,15 @@ class _ArrayFiles(ocp.CheckpointHandler):
             unquote(path.stem): np.load(path, mmap_mode='r', allow_pickle=False)
             for path in directory.glob('*.npy')
         }
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """Writes a `.npy` file; `np.save` writes number by number what is not in one piece."""
+    with path.open('wb') as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header | {'fortran_order': False})
+        for part in [array] if array.flags.c_contiguous else array:
+            np.ascontiguousarray(part).tofile(file)
 
 
 @ocp.args.register_with_handler(_ArrayFiles, for_save=True, for_restore=True)
@@ -131,11 +142,13 @@ class Checkpointer:
                 self._manager.reload()
             full = re.search('no space left on device|quota exceeded', str(error), re.IGNORECASE)
             reason = full.group() if full else _one_line(error)
-            raise NotSaved(
+            failure = NotSaved(
                 f'Cannot write the checkpoint {self._folder / str(step)}: {reason}; '
                 + ('make room for it, ' if full else '')
                 + 'those before it are kept.'
-            ) from error
+            )
+            failure.full = bool(full)
+            raise failure from error
         finally:
             if hosts.index() == 0:
                 for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run

@@ -8,6 +8,7 @@ import numpy as np
 
 from dreamerv3_jax import sharding
 from dreamerv3_jax.agent import Agent
+from dreamerv3_jax.checkpoint import Saved
 from dreamerv3_jax.errors import Failure
 from dreamerv3_jax.feed import Feed
 from dreamerv3_jax.progress import Timer
@@ -156,6 +157,21 @@ class Learner:
         self._counters['skipped_in_a_row'] = 0
         self._replay.update_latents(index, *map(sharding.own_rows, latents))
 
+    def saved(self, replay: bool) -> Saved:
+        """What a checkpoint holds, with the replay or without it, once all updates are finished."""
+        held = self.feed.state() if replay else None
+        return Saved(self.state, held, {**self._counters, 'ratio': self.ratio.state()})
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from what a checkpoint holds."""
+        counters = dict(saved.counters)
+        ratio = counters.pop('ratio')
+        self.state = saved.state
+        self._counters.update(counters)
+        if saved.replay is not None:  # else the count starts anew when there is a batch again
+            self.feed.load_state(saved.replay)
+            self.ratio.load_state(ratio)
+
     def take_metrics(self, *, final: bool) -> list[dict[str, float]]:
         """Returns and forgets what updates measured; what the last one did only if final.
 
@@ -171,7 +187,10 @@ class Learner:
         counters['skipped'] += 1
         counters['skipped_in_a_row'] += 1
         losses = [name for name in metrics if name.startswith('loss/') and name != 'loss/total']
-        names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
+        names = [name for name in losses if not np.isfinite(metrics[name])]
+        if not names:
+            finite = np.isfinite(metrics['optimizer/gradient_norm'])
+            names = ['the step of the optimizer' if finite else 'the gradient']
         what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
         if counters['skipped_in_a_row'] >= MOST_SKIPPED:
             raise Failure(

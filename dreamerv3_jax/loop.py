@@ -98,11 +98,10 @@ class Trainer:
             hosts.first(lambda: run_folder.check_spaces(logdir, observation_specs, action_specs))
         self._agent = Agent(observation_specs, action_specs, config.agent, mesh, acting)
         specs, capacity = steps.replay_specs(self._agent), config.replay.capacity // hosts.count()
-        directory = logdir / 'replay' if config.replay.on_disk else None
-        if directory and hosts.count() > 1:
-            directory /= f'{hosts.index()}-of-{hosts.count()}'
-        here = hosts.gather(platform.node()).count(platform.node())  # that share this machine
-        check_memory(specs, capacity * here, directory)
+        folder = logdir / 'replay' if config.replay.on_disk else None
+        nodes = hosts.gather(platform.node())
+        sharing = hosts.count() if folder else nodes.count(platform.node())  # its disk, or memory
+        check_memory(specs, capacity * sharing, folder, resumed=resumed is not None)
         sharding.batch_sharding(mesh, config.replay.batch_size)
         hosts.first(self._create_folder)
         run_folder.check_shared(logdir)
@@ -114,7 +113,7 @@ class Trainer:
             batch_length=config.replay.batch_length,
             online=config.replay.online,
             seed=self._seed,
-            directory=directory,
+            directory=run_folder.own_rings(logdir / 'replay', on_disk=config.replay.on_disk),
         )
         for line in summary.lines(config, logdir, preset, self._agent):
             self._say(line)
@@ -134,7 +133,8 @@ class Trainer:
             contextlib.closing(checkpoint.Checkpointer(logdir / 'checkpoints'))
         )
         if resumed is not None:
-            self._restore()
+            shapes = checkpoint.abstract_state(self._learner.state)
+            self._learner.restore(self._checkpointer.restore(shapes))
             if self.counters['ticks'] != resumed:  # a damaged checkpoint was passed over
                 self._env.close()
                 self._make_env(self.counters['ticks'])
@@ -163,8 +163,8 @@ class Trainer:
 
     def _create_folder(self) -> None:
         specs = (self._agent.observation_specs, self._agent.action_specs)
-        lock = run_folder.create(self._logdir, self._config, *specs, lock=self._lock)
-        self._opened.callback(lock.close)
+        self._lock = run_folder.create(self._logdir, self._config, *specs, lock=self._lock)
+        self._opened.callback(self._lock.close)
 
     def _open_metrics(self, *, anew: bool) -> MetricWriter:
         writer = MetricWriter(self._logdir, resume_step=self.counters['frames'], anew=anew)
@@ -180,16 +180,6 @@ class Trainer:
         seed = run_folder.derived_seed(self._config.seed, start)
         part = (hosts.index(), hosts.count())
         self._env = self._opened.enter_context(envs.make(self._config.env, seed, part=part))
-
-    def _restore(self) -> None:
-        learner = self._learner
-        saved = self._checkpointer.restore(checkpoint.abstract_state(learner.state))
-        learner.state, counters = saved.state, dict(saved.counters)
-        ratio = counters.pop('ratio')
-        self.counters.update(counters)
-        if saved.replay is not None:  # else the count starts anew when there is a batch again
-            learner.feed.load_state(saved.replay)
-            learner.ratio.load_state(ratio)
 
     def run(self) -> None:
         """Ticks until the run is complete; saves at intervals and at the end.
@@ -231,7 +221,7 @@ class Trainer:
                         self._try_to_save()
             self.log(final=True)
             try:
-                self.save()
+                self._save_last()
             except UserError as error:
                 if not self._interrupts.received or hosts.count() > 1:
                     raise
@@ -383,18 +373,28 @@ class Trainer:
                 f'{self._config.run.checkpoint_every:g} seconds.'
             )
 
-    def save(self) -> None:
-        """Writes a checkpoint.
+    def _save_last(self) -> None:
+        """Saves a complete run without its replay if that does not fit: better than no agent."""
+        try:
+            self.save()
+        except checkpoint.NotSaved as error:
+            held = self._config.run.checkpoint_replay
+            if not (error.full and held) or self._interrupts.received or hosts.count() > 1:
+                raise
+            self._progress.message(
+                f'{error} Saving without the replay, to collect anew from there.'
+            )
+            self.save(replay=False)
+
+    def save(self, *, replay: bool = True) -> None:
+        """Writes a checkpoint, with the replay unless it is to be left out.
 
         Raises:
           NotSaved: the disk is full, or it cannot be written for another reason.
-          Failure: too many updates in a row were skipped.
+          Failure: too many updates in a row were skipped, or the folder is another run's now.
         """
-        learner = self._learner
-        learner.finish()
-        replay = learner.feed.state() if self._config.run.checkpoint_replay else None
-        counters = {**self.counters, 'ratio': learner.ratio.state()}
-        self._checkpointer.save(
-            self.counters['ticks'], checkpoint.Saved(learner.state, replay, counters)
-        )
+        self._learner.finish()
+        hosts.first(lambda: run_folder.check_lock(self._logdir, self._lock))
+        saved = self._learner.saved(replay and self._config.run.checkpoint_replay)
+        self._checkpointer.save(self.counters['ticks'], saved)
         self._saved = time.monotonic()

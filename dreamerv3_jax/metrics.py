@@ -1,5 +1,6 @@
 """Metrics of a run in files: JSON lines, and events for TensorBoard where it is installed."""
 
+import contextlib
 import errno
 import io
 import itertools
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TENSORBOARD_HINT = (
-    'No TensorBoard logs: tensorboardX is missing; pip install "dreamerv3-jax[tensorboard]".'
+    'No TensorBoard logs: tensorboardX is missing; in the clone, pip install -e ".[tensorboard]".'
 )
 
 
@@ -162,12 +163,14 @@ class MetricWriter(Means):
 
 def _append(file: io.FileIO, data: bytes) -> OSError | None:
     """Appends all of it, or nothing and returns why."""
-    size = file.seek(0, os.SEEK_END)
+    size = -1
     try:
+        size = file.seek(0, os.SEEK_END)
         if file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        file.truncate(size)
+        with contextlib.suppress(OSError, ValueError):  # of a disk that fails, or nothing was begun
+            file.truncate(size)
         return error
     return None
 

@@ -272,7 +272,7 @@ def _segments(status: Status) -> dict[str, str]:
         'steps': f'{format_count(status.steps):>5}/{format_count(status.total)}',
         'episodes': f'{format_count(status.episodes):>5} ep',
         'score': f'score {format_score(status.score):>6}',
-        'rate': f'{format_count(status.steps_per_second):>5} steps/s',
+        'rate': f'{format_count(status.steps_per_second):>5} frames/s',
         'updates': f'{format_count(status.updates_per_second):>5} upd/s',
         'left': f'{format_duration(status.seconds_left)} left'.ljust(len('59m 59s left')),
         'shares': ' '.join(f'{name} {share:>3.0%}' for name, share in status.shares.items()),

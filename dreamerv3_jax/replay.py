@@ -327,28 +327,31 @@ def bytes_per_step(specs: Specs) -> int:
     return 1 + sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs.values())
 
 
-def check_memory(specs: Specs, capacity: int, directory: Path | None = None) -> None:
+def check_memory(
+    specs: Specs, capacity: int, directory: Path | None = None, *, resumed: bool = False
+) -> None:
     """Refuses a replay that would outgrow the machine, which shows only hours into a run.
 
     Args:
       specs: as for `Replay`.
       capacity: number of records.
-      directory: where the files will be; `None` for RAM.
+      directory: where the files of all hosts will be; `None` for RAM.
+      resumed: whether it was accepted before, and cannot get smaller.
 
     Raises:
-      UserError: with the capacity that fits.
+      UserError: with what helps.
     """
-    needed = bytes_per_step(specs) * capacity
-    available = available_memory() if directory is None else _available_disk(directory)
-    if available is None or needed <= available:
+    step = bytes_per_step(specs)
+    free = available_memory() if directory is None else _available_disk(directory)
+    if free is None or step * capacity <= (free if resumed else 0.8 * free):
         return
-    fitting = int(0.8 * available) // bytes_per_step(specs)  # the rest for everything else
+    fitting = int(0.8 * free) // step  # the rest is for everything else
     fitting -= fitting % 10 ** max(len(str(fitting)) - 2, 0)
-    place = 'memory' if directory is None else 'disk'
-    on_disk = ' or --config.replay.on_disk=True' if directory is None else ''
+    way = 'make room for it' if resumed else f'set --config.replay.capacity={fitting}'
+    place, more = ('disk', '') if directory else ('memory', ', or set --config.replay.on_disk=True')
     raise UserError(
-        f'A replay of {capacity:,} steps takes {needed / 1e9:,.1f} GB of {place}, of which '
-        f'{available / 1e9:,.1f} GB are free; set --config.replay.capacity={fitting}{on_disk}.'
+        f'A replay of {capacity:,} steps takes {step * capacity / 1e9:,.1f} GB of {place}, and '
+        f'{free / 1e9:,.1f} GB are free, of which it may take 80%; {way}{more}.'
     )
 
 
@@ -375,8 +378,8 @@ def _allocate(
 
 
 def _available_disk(directory: Path) -> int:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    reused = sum(512 * getattr(path.stat(), 'st_blocks', 0) for path in directory.glob('*.ring'))
+    existing = next(x for x in (directory, *directory.absolute().parents) if x.exists())
+    reused = sum(512 * getattr(path.stat(), 'st_blocks', 0) for path in directory.rglob('*.ring'))
     return shutil.disk_usage(existing).free + reused
 
 

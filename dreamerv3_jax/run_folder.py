@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,13 +18,15 @@ import numpy as np
 
 from dreamerv3_jax import durable, hosts
 from dreamerv3_jax.configs import base
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.spaces import ArraySpec
 
 Specs = Mapping[str, ArraySpec]  # arrays of an observation or an action by name
 
 # Settings that a later start may change.
-MAY_CHANGE = ('logdir', 'mesh.', 'hosts.', 'run.', 'env.timeout', 'agent.remat')
+MAY_CHANGE = (
+    'logdir', 'mesh.', 'hosts.', 'run.', 'env.timeout', 'replay.on_disk', 'agent.remat',
+)  # fmt: skip
 
 
 class Lock:
@@ -36,10 +39,11 @@ class Lock:
           UserError: another process has it, or the folder cannot be written to.
         """
         self._file: int | None = None
+        self._path = logdir / 'lock'
         with _writing(logdir):
             logdir.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)  # see `_refuse_links`
-            self._file = os.open(logdir / 'lock', flags, 0o644)
+            self._file = os.open(self._path, flags, 0o644)
         try:
             import fcntl
 
@@ -55,6 +59,13 @@ class Lock:
         with contextlib.suppress(OSError):  # a full disk, and the lock holds without a name
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f'process {os.getpid()} of {platform.node()}'.encode(), 0)
+
+    def holds(self) -> bool:
+        """Whether other processes see it: not if the folder was deleted and they made it anew."""
+        try:
+            return self._file is None or os.path.samestat(os.fstat(self._file), self._path.stat())
+        except OSError:  # nobody made it anew, or the disk fails
+            return True
 
     def close(self) -> None:
         """Lets others in."""
@@ -124,8 +135,9 @@ def read_config(logdir: Path) -> ml_collections.ConfigDict:
         checksum = settings.pop('checksum', None)  # an older version wrote none
         if checksum not in (None, _checksum(settings)):
             raise ValueError('it is not what was written')
-        for group in ('env', 'hosts', 'agent'):  # of an older version
-            settings[group] = base.get_config()[group].to_dict() | settings.get(group, {})
+        for group, values in base.get_config().to_dict().items():  # of an older version
+            if isinstance(values, dict):
+                settings[group] = values | settings.get(group, {})
         return ml_collections.ConfigDict(settings)
     except OSError as error:
         raise UserError(
@@ -178,6 +190,38 @@ def check_hosts(config: ml_collections.ConfigDict) -> None:
                 )
 
 
+def check_lock(logdir: Path, lock: Lock | None) -> None:
+    """Refuses to write to a folder that was deleted, and that another run has made anew.
+
+    Raises:
+      Failure: it is another's now.
+    """
+    if lock and not lock.holds():
+        raise Failure(
+            f"{logdir} was deleted while this run was writing to it, and is another run's now; "
+            'nothing was saved to it.'
+        )
+
+
+def own_rings(folder: Path, *, on_disk: bool) -> Path | None:
+    """Where this host keeps its replay, None in memory; what was kept in another way is deleted."""
+    count, suffix = hosts.count(), f'-of-{hosts.count()}'
+
+    def clean() -> None:
+        if not on_disk:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.glob('*-of-*'):
+            if count == 1 or not path.name.endswith(suffix):
+                shutil.rmtree(path, ignore_errors=True)
+        for path in folder.glob('*.ring') if count > 1 else ():
+            path.unlink(missing_ok=True)
+
+    hosts.first(clean)
+    if not on_disk:
+        return None
+    return folder if count == 1 else folder / f'{hosts.index()}{suffix}'
+
+
 def check_shared(logdir: Path) -> None:
     """Refuses hosts that do not all see the folder of the run.
 
@@ -200,7 +244,8 @@ def check(logdir: Path, config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: with every difference.
     """
-    _compare(logdir, 'settings', read_config(logdir).to_dict(), config.to_dict())
+    way = 'choose another folder with --config.logdir, or the same settings'
+    _compare(logdir, 'settings', read_config(logdir).to_dict(), config.to_dict(), way)
 
 
 def check_spaces(logdir: Path, observation_specs: Specs, action_specs: Specs) -> None:
@@ -211,7 +256,8 @@ def check_spaces(logdir: Path, observation_specs: Specs, action_specs: Specs) ->
     """
     path = logdir / 'spaces.json'
     if path.exists():  # an older version wrote none
-        _compare(logdir, 'spaces', _read(path), _spaces(observation_specs, action_specs))
+        way = 'take an environment with the same spaces, or another run'
+        _compare(logdir, 'spaces', _read(path), _spaces(observation_specs, action_specs), way)
 
 
 def derived_seed(seed: int, start: int) -> int:
@@ -219,7 +265,7 @@ def derived_seed(seed: int, start: int) -> int:
     return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
 
 
-def _compare(logdir: Path, what: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+def _compare(logdir: Path, what: str, then: dict[str, Any], now: dict[str, Any], way: str) -> None:
     differences = [
         f'{key}: {old} then, {new} now'
         for key, old, new in _differences(then, now)
@@ -227,8 +273,7 @@ def _compare(logdir: Path, what: str, then: dict[str, Any], now: dict[str, Any])
     ]
     if differences:
         raise UserError(
-            f'{logdir} holds a run with other {what} ({"; ".join(differences)}); '
-            f'choose another folder with --config.logdir, or the same {what}.'
+            f'{logdir} holds a run with other {what} ({"; ".join(differences)}); {way}.'
         )
 
 

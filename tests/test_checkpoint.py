@@ -326,6 +326,23 @@ def test_room_for_some_of_it(pages_left, small_disk, capfd):
     assert 'Traceback' not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize('order', ['C', 'F'])
+def test_arrays_are_written_as_numpy_writes_them(order, tmp_path):
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5, order=order)
+    for part in (
+        array,
+        array[:, :3],
+        array[:, ::-2],
+        array[0, 0, 0, ...],
+        array[:0],
+        np.asfortranarray(array),
+    ):
+        checkpoint._write_array(tmp_path / 'a.npy', part)
+        found = np.load(tmp_path / 'a.npy')
+        np.testing.assert_array_equal(found, part)
+        assert found.dtype == part.dtype and found.shape == part.shape
+
+
 @pytest.mark.medium
 def test_any_room_that_is_too_little(small_disk, capfd):
     """Threads of orbax and tensorstore fail at any moment, and have to be quiet about it."""

@@ -258,6 +258,25 @@ def test_folders_that_are_not_shared_are_refused(second_of_two, tmp_path):
         run_folder.check_shared(tmp_path)
 
 
+def test_each_host_keeps_its_replay_and_others_go(monkeypatch, tmp_path):
+    def rings(index, count):
+        monkeypatch.setattr(hosts, 'index', lambda: index)
+        monkeypatch.setattr(hosts, 'count', lambda: count)
+        monkeypatch.setattr(hosts, 'first', lambda function: index or function())
+        folder = run_folder.own_rings(tmp_path / 'replay', on_disk=True)
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / 'image.ring').touch()
+        return sorted(str(x.relative_to(tmp_path / 'replay')) for x in tmp_path.rglob('*.ring'))
+
+    assert rings(0, 1) == ['image.ring']
+    assert rings(0, 2) == ['0-of-2/image.ring']
+    assert rings(1, 2) == rings(0, 2) == ['0-of-2/image.ring', '1-of-2/image.ring']
+    assert rings(0, 12) == ['0-of-12/image.ring']
+    assert rings(0, 1) == ['image.ring']
+    assert run_folder.own_rings(tmp_path / 'replay', on_disk=False) is None
+    assert not list(tmp_path.iterdir())
+
+
 def test_meshes_of_many_hosts_take_all_devices():
     class Device:
         def __init__(self, process_index):

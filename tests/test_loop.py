@@ -176,7 +176,9 @@ class Spy:
 
 def test_hosts_of_one_machine_need_its_memory_together(tmp_path, monkeypatch):
     checked, config = [], counter_config()
-    monkeypatch.setattr(loop, 'check_memory', lambda _, capacity, __: checked.append(capacity))
+    monkeypatch.setattr(
+        loop, 'check_memory', lambda _, capacity, *__, **___: checked.append(capacity)
+    )
     monkeypatch.setattr(loop.hosts, 'gather', lambda own: [own, own])
     with Trainer(config, tmp_path, 'tiny'):
         assert checked == [2 * config.replay.capacity]
@@ -514,7 +516,7 @@ def test_other_spaces_are_refused(tmp_path, monkeypatch):
         f'{tmp_path} holds a run with other spaces (action.action.classes: [3] then, [2] now; '
         'observation.count.shape: [2] then, [3] now; observation.new.classes: absent then, [2] now;'
         ' observation.new.kind: absent then, discrete now; observation.new.shape: absent then, [1] '
-        'now); choose another folder with --config.logdir, or the same spaces.'
+        'now); take an environment with the same spaces, or another run.'
     )
     for play in (
         lambda: loop.train(counter_config(), tmp_path, 'tiny'),
@@ -787,15 +789,15 @@ def test_skipped_updates_are_counted_and_leave_the_replay_alone(tmp_path, monkey
 def test_every_loss_is_named(tmp_path, capsys):
     with tiny_runs.ticked(counter_config(), tmp_path, 0) as trainer:
         names = sorted(update.loss_scales(trainer._agent.observation_specs, trainer._agent.config))
-        for name in [*names, None]:
+        for name, norm in [*((name, np.nan) for name in names), (None, np.inf), (None, 1.0)]:
             losses = {f'loss/{other}': 0.0 if other != name else np.nan for other in names}
-            trainer._learner._count_skipped(
-                losses | {'loss/total': np.nan, 'optimizer/skipped': 1.0}
-            )
+            rest = {'loss/total': np.nan, 'optimizer/skipped': 1.0, 'optimizer/gradient_norm': norm}
+            trainer._learner._count_skipped(losses | rest)
             trainer.counters['skipped_in_a_row'] = 0
-        assert trainer.counters['skipped'] == len(names) + 1 == 10
+        assert trainer.counters['skipped'] == len(names) + 2 == 11
     out = capsys.readouterr().out
-    for name in [*(f'loss/{name}' for name in names), 'the gradient']:
+    causes = ['the gradient', 'the step of the optimizer']
+    for name in [*(f'loss/{name}' for name in names), *causes]:
         assert f'is skipped, as {name} is not finite; nothing has changed.' in out
 
 
@@ -839,6 +841,37 @@ def test_a_full_disk_costs_checkpoints_only(small_disk, capsys):
         trainer.tick()
         trainer._try_to_save()
     assert checkpoints() == ['20', '21']
+
+
+def test_a_complete_run_leaves_the_replay_out_where_there_is_no_room(small_disk, capsys):
+    folder = small_disk.folder / 'run'
+    config = counter_config(run__steps=20, replay__capacity=100_000, replay__on_disk=False)
+    with Trainer(config, folder, 'tiny') as trainer:
+        fill = np.zeros(4_000_000, np.uint8)  # more than the disk holds
+        state = trainer._learner.feed.state
+        trainer._learner.feed.state = lambda: {**state(), 'arrays': state()['arrays'] | {'x': fill}}
+        trainer.run()
+    out = capsys.readouterr().out
+    assert 'No space left on device' in out and 'Saving without the replay, to collect anew' in out
+    assert 'Done.' in out
+    with Trainer(
+        counter_config(run__steps=40, replay__capacity=100_000), folder, 'tiny'
+    ) as trainer:
+        assert trainer.counters['frames'] >= 20 and not trainer._replay.can_sample
+        trainer.run()
+
+
+def test_a_folder_that_another_run_has_made_anew_is_left_alone(tmp_path):
+    folder = tmp_path / 'run'
+    with tiny_runs.ticked(counter_config(), folder, 3) as trainer:
+        trainer.save()
+        shutil.rmtree(folder)
+        with Trainer(counter_config(), folder, 'tiny') as other:
+            other.save()
+            trainer.tick()
+            with pytest.raises(Failure, match='was deleted while this run was writing to it'):
+                trainer._try_to_save()
+        assert checkpoint.latest_step(folder / 'checkpoints') == 0
 
 
 def test_a_disk_that_fails_costs_checkpoints_only(tmp_path, capsys):

@@ -187,12 +187,12 @@ def test_bar_has_its_width(fraction, width, unicode):
 
 def test_plain_line_by_hand():
     assert progress.format_plain(STATUS) == (
-        ' 42%   421k/1.00M  1.23k ep  score  812.3  1.23k steps/s   38.1 upd/s'
+        ' 42%   421k/1.00M  1.23k ep  score  812.3  1.23k frames/s   38.1 upd/s'
         '  1h 02m left   env 31% policy 12% replay  2% update 50%'
     )
     start = Status(0, 1000, 0, None, 0.0, 0.0, {}, None)
     assert progress.format_plain(start) == (
-        '  0%      0/1.00k      0 ep  score      -      0 steps/s      0 upd/s  - left'
+        '  0%      0/1.00k      0 ep  score      -      0 frames/s      0 upd/s  - left'
     )
 
 
@@ -208,7 +208,7 @@ def test_columns_stay_where_they_are():
         seconds_left=5.0,
     )
     here, there = progress.format_plain(STATUS), progress.format_plain(later)
-    for label in ('%', '/1.00M', ' ep', 'score', 'steps/s', 'upd/s', 'env', 'policy', 'update'):
+    for label in ('%', '/1.00M', ' ep', 'score', 'frames/s', 'upd/s', 'env', 'policy', 'update'):
         assert here.index(label) == there.index(label)
 
 
@@ -217,7 +217,7 @@ def test_bar_line_keeps_what_matters_most():
         return progress.format_bar_line(STATUS, width, unicode=True)
 
     assert line(80) == (
-        ' 42% ━━━━━━━━────────────   421k/1.00M  score  812.3  1.23k steps/s  1h 02m left'
+        ' 42% ━━━━━━━━───────────   421k/1.00M  score  812.3  1.23k frames/s  1h 02m left'
     )
     assert line(40) == ' 42% ━━━╸─────   421k/1.00M  1h 02m left'
     assert line(12) == ' 42% ━━╸────'
@@ -285,7 +285,7 @@ def test_plain_lines_at_intervals():
     assert len(lines) == 3 and '\x1b' not in stream.getvalue() and '\r' not in stream.getvalue()
     # At 600 of 1000 steps, ten steps and one update per second: 40 seconds to go.
     assert lines[2] == (
-        ' 60%    600/1.00k      0 ep  score      -     10 steps/s      1 upd/s'
+        ' 60%    600/1.00k      0 ep  score      -     10 frames/s      1 upd/s'
         '  40s left      env 50%'
     )
     progress.message('saved')
@@ -304,7 +304,7 @@ def test_time_left_begins_with_the_updates():
         *('-', '-', '-'),
         *('4m 45s', '4m 35s'),
     ]
-    assert '  2 steps/s' in lines[-1]
+    assert '  2 frames/s' in lines[-1]
 
 
 def test_redraws_on_a_terminal(terminal_environment):
@@ -318,7 +318,7 @@ def test_redraws_on_a_terminal(terminal_environment):
     progress.close()
     first, second, third = stream.getvalue().split('\r')[1:4]
     assert first.startswith('  0% ───') and first.endswith('left\x1b[K')
-    assert second.startswith(' 50% ━━━') and '500 steps/s' in second
+    assert second.startswith(' 50% ━━━') and '500 frames/s' in second
     assert len(second) <= 80 + len('\x1b[K')
     # The message replaces the line, which comes back under it.
     assert third == '\x1b[Ksaved\n' + second.removesuffix('\x1b[K')
@@ -375,7 +375,7 @@ def test_rates_are_those_of_the_last_half_minute():
         steps += 1 if second < 60 else 20  # the first minute goes into compiling
         clock.now += 1
         progress.update(steps, 0, {})
-    assert '20 steps/s' in stream.getvalue().splitlines()[-1]
+    assert '20 frames/s' in stream.getvalue().splitlines()[-1]
 
 
 class Closed(io.StringIO):

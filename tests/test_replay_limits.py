@@ -49,12 +49,18 @@ def test_bytes_per_step():
 
 def test_check_memory_names_a_capacity_that_fits(monkeypatch):
     monkeypatch.setattr(replay_module, 'available_memory', lambda: 37 * 10_000)
-    check_memory(SPECS, 10_000)
     with pytest.raises(UserError, match='on_disk=True') as error:
-        check_memory(SPECS, 10_001)
+        check_memory(SPECS, 8_001)
     fitting = re.search(r'--config\.replay\.capacity=(\d+)', str(error.value))
     assert fitting is not None and fitting[1] == '8000'  # 80%
     check_memory(SPECS, int(fitting[1]))
+
+
+def test_a_replay_that_was_accepted_before_may_take_all(monkeypatch):
+    monkeypatch.setattr(replay_module, 'available_memory', lambda: 37 * 10_000)
+    check_memory(SPECS, 10_000, resumed=True)
+    with pytest.raises(UserError, match='make room for it, or set --config.replay.on_disk=True'):
+        check_memory(SPECS, 10_001, resumed=True)
 
 
 def test_check_memory_passes_where_the_system_does_not_say(monkeypatch):
@@ -78,7 +84,8 @@ def test_space_of_files_to_overwrite_counts_as_free(tmp_path, monkeypatch):
 
     monkeypatch.setattr(replay_module.shutil, 'disk_usage', lambda path: Usage)
     assert replay_module._available_disk(tmp_path) == 1000
-    (tmp_path / 'image.ring').write_bytes(bytes(range(256)) * 256)
+    (tmp_path / '0-of-2').mkdir()
+    (tmp_path / '0-of-2' / 'image.ring').write_bytes(bytes(range(256)) * 256)
     (tmp_path / 'other').write_bytes(bytes(range(256)) * 256)
     assert replay_module._available_disk(tmp_path) >= 1000 + 65536
     assert replay_module._available_disk(tmp_path) < 1000 + 2 * 65536
