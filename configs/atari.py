@@ -1,6 +1,6 @@
 """Atari 57 in 200M frames: sticky actions, all 18 actions, gray images of 96x96 pixels.
 
-pip install 'dreamerv3-jax[atari]'
+pip install -e '.[atari]'
 dreamerv3-jax train --config=atari --config.env.id=atari/breakout
 
 The published paper describes colour images of 64x64 pixels; the published code, and this preset,

@@ -1,6 +1,6 @@
 """Atari in 100k agent steps: no sticky actions, each game's own actions, colour, 64x64 pixels.
 
-pip install 'dreamerv3-jax[atari]'
+pip install -e '.[atari]'
 dreamerv3-jax train --config=atari100k --config.env.id=atari/breakout
 
 Between the games only env.id differs. A smaller network, for a smaller GPU, is atari100k:size12m.

@@ -55,7 +55,7 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
                 repeat=1,  # environment frames per agent step
                 image_size=0,  # side of the images in pixels; 0 keeps them where the network can
                 vectorization='auto',  # auto, sync (in process), async (processes) or native
-                autoreset='next_step',  # or same_step
+                autoreset='next_step',  # or same_step; native ones have their own way
                 timeout=600.0,  # seconds; a process that takes longer to answer is replaced
             ),
             replay=dict(

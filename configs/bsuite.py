@@ -1,11 +1,11 @@
 """bsuite: small tasks that each ask for one ability, from vectors.
 
-pip install 'dreamerv3-jax[bsuite]'
+pip install -e '.[bsuite]'
 dreamerv3-jax train --config=bsuite --config.env.id=bsuite/memory_len/10
 
-Each task asks for its own number of episodes, 10,000 or 1,000; run.steps is the length of 10,000
-episodes of catch. Between the tasks only env.id and run.steps differ. The mnist tasks read the data
-from a folder: --config.env.kwargs.mnist=<folder>
+Each task asks for its own number of episodes, 10,000 or 1,000; run.steps is enough for 10,000 of
+catch, of nine steps each. Between the tasks only env.id and run.steps differ. The mnist tasks read
+the data from a folder: --config.env.kwargs.mnist=<folder>
 """
 
 import ml_collections

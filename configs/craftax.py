@@ -1,6 +1,6 @@
 """Craftax's version of Crafter from images of 64x64 pixels, in a million steps.
 
-pip install 'dreamerv3-jax[craftax]'
+pip install -e '.[craftax]'
 dreamerv3-jax train --config=craftax
 
 The larger game with floors: --config.env.id=craftax/full

@@ -1,6 +1,6 @@
 """Crafter with rewards, from images of 64x64 pixels.
 
-pip install 'dreamerv3-jax[crafter]'
+pip install -e '.[crafter]'
 dreamerv3-jax train --config=crafter
 
 Without rewards, for exploration: --config.env.id=crafter/noreward

@@ -1,6 +1,6 @@
 r"""DeepMind manipulation: a robot arm that reaches, lifts, places and stacks, from vectors.
 
-pip install 'dreamerv3-jax[dmc]'
+pip install -e '.[dmc]'
 dreamerv3-jax train --config=dmc_manipulation --config.env.id=manipulation/stack_2_bricks
 
 The settings are those of dmc_proprio. From a picture, with those of dmc_vision:

@@ -1,6 +1,6 @@
 r"""DeepMind Control Suite from vectors: joint positions, velocities and the like.
 
-pip install 'dreamerv3-jax[dmc]'
+pip install -e '.[dmc]'
 dreamerv3-jax train --config=dmc_proprio --config.env.id=dmc/cheetah_run
 
 The published scores were made with 12M parameters, an action repeat of 2 and half the train ratio,

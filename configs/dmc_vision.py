@@ -1,6 +1,6 @@
 """DeepMind Control Suite from images of 64x64 pixels.
 
-pip install 'dreamerv3-jax[dmc]'
+pip install -e '.[dmc]'
 dreamerv3-jax train --config=dmc_vision --config.env.id=dmc/cheetah_run
 
 The published scores were made with an action repeat of 2: --config.env.repeat=2. A machine without

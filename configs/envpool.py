@@ -1,6 +1,6 @@
 """EnvPool: its ids of many suites, all environments stepped together by threads of C++.
 
-pip install 'dreamerv3-jax[envpool]'
+pip install -e '.[envpool]'
 dreamerv3-jax train --config=envpool --config.env.id=envpool/LunarLander-v3
 
 The paper has no scores for these tasks as EnvPool sets them up. Between them only env.id differs.

@@ -1,6 +1,6 @@
 """Memory Maze from images of 64x64 pixels.
 
-pip install 'dreamerv3-jax[memorymaze]'
+pip install -e '.[memorymaze]'
 dreamerv3-jax train --config=memory_maze --config.env.id=memorymaze/15x15
 
 Between the sizes of the maze only env.id differs. A smaller network, for a smaller GPU, is

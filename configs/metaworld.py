@@ -1,6 +1,6 @@
 """Meta-World from vectors, with the goal among them.
 
-pip install 'dreamerv3-jax[metaworld]'
+pip install -e '.[metaworld]'
 dreamerv3-jax train --config=metaworld --config.env.id=metaworld/drawer-open
 
 The paper has no scores for these tasks. Between them only env.id differs.

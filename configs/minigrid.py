@@ -1,6 +1,6 @@
 """Minigrid and BabyAI from the classes of the cells ahead and the words of the mission.
 
-pip install 'dreamerv3-jax[minigrid]'
+pip install -e '.[minigrid]'
 dreamerv3-jax train --config=minigrid --config.env.id=minigrid/BabyAI-GoToLocal-v0
 
 From pictures of the cells: --config.env.kwargs.vision=true

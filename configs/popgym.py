@@ -1,6 +1,6 @@
 """POPGym: 42 small tasks that need memory.
 
-pip install 'dreamerv3-jax[popgym]'
+pip install -e '.[popgym]'
 dreamerv3-jax train --config=popgym --config.env.id=popgym/CountRecallEasy-v0
 
 The paper has no scores for these tasks. Between them only env.id differs.

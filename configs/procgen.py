@@ -1,6 +1,6 @@
 """ProcGen: sixteen games with unlimited levels of the hard distribution, images of 64x64 pixels.
 
-pip install 'dreamerv3-jax[procgen]'
+pip install -e '.[procgen]'
 apt-get install libqt5core5a libqt5gui5
 dreamerv3-jax train --config=procgen --config.env.id=procgen/starpilot
 

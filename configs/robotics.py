@@ -1,6 +1,6 @@
 """Gymnasium-Robotics from vectors: robot arms, hands and mazes with goals.
 
-pip install 'dreamerv3-jax[robotics]'
+pip install -e '.[robotics]'
 dreamerv3-jax train --config=robotics --config.env.id=robotics/FetchPickAndPlaceDense-v4
 
 The paper has no scores for these tasks. Between them only env.id differs.

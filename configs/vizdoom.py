@@ -1,6 +1,6 @@
 """ViZDoom from images of 64x64 pixels, and health or ammunition where the scenario tells them.
 
-pip install 'dreamerv3-jax[vizdoom]'
+pip install -e '.[vizdoom]'
 dreamerv3-jax train --config=vizdoom --config.env.id=vizdoom/deadly_corridor
 
 Where several buttons are needed at once, as in deathmatch: --config.env.kwargs.combine=true

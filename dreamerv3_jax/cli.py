@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_collections
+
 from dreamerv3_jax import presets, settings, startup, topology
 from dreamerv3_jax.arguments import PROGRAM, Parser, build_config, split_overrides, whole_number
 from dreamerv3_jax.configs import base
@@ -80,6 +82,8 @@ options:
                                 world model sees: the truth, below it what the model predicts from
                                 the actions alone, and the difference (or FILE.gif)
   --sample                      samples actions as in training, instead of the likeliest ones
+  --config.env.KEY=VALUE        changes a setting of the environment, such as its id, for a test in
+                                another one with the same spaces
   --help                        this text
 
 examples:
@@ -224,7 +228,8 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    parser = Parser()
+    overrides, rest = split_overrides(arguments)
+    parser = Parser(name for name in settings.names() if name.startswith('env.'))
     parser.add_argument('folder', nargs='?', default='')
     parser.add_argument('--logdir', default='')
     parser.add_argument('--episodes', type=whole_number, default=20)
@@ -232,7 +237,7 @@ def _evaluate(arguments: list[str]) -> None:
     parser.add_argument('--video', type=Path)
     parser.add_argument('--open-loop', type=Path)
     parser.add_argument('--sample', action='store_true')
-    options = parser.parse(arguments)
+    options = parser.parse(rest)
     logdir = _existing_run(options.folder or options.logdir)
     if options.folder and options.logdir:
         raise UserError('Give the run folder once, either bare or with --logdir.')
@@ -243,16 +248,22 @@ def _evaluate(arguments: list[str]) -> None:
     _check_video(options.video)
     _check_video(options.open_loop, '--open-loop')
     startup.prepare()
-    from dreamerv3_jax import evaluation
+    from dreamerv3_jax import evaluation, run_folder
 
+    env = None
+    if overrides:
+        config = run_folder.read_config(logdir)
+        _change_env(config, overrides, 'evaluate')
+        env = config.env
     if options.open_loop:
-        evaluation.open_loop(logdir, seed=options.seed, video=options.open_loop)
+        evaluation.open_loop(logdir, seed=options.seed, video=options.open_loop, env=env)
     result = evaluation.evaluate(
         logdir,
         episodes=options.episodes,
         seed=options.seed,
         video=options.video,
         sample=options.sample,
+        env=env,
         report=lambda number, return_, length: print(
             f'episode {number}/{options.episodes}: return {return_:.2f}, length {length}',
             flush=True,
@@ -327,21 +338,30 @@ def _envs(arguments: list[str]) -> None:
         raise UserError(f'Name the environment, as in {PROGRAM} envs atari/pong.')
     config = base.get_config()
     config.env.update(id=options.id, num_envs=1)
-    for key, value in overrides:
-        if not key.startswith('env.') or key == 'env.id':
-            raise UserError(f'envs takes an id and --config.env.KEY=VALUE, not --config.{key}.')
-        settings.override(config, key, value)
+    if any(key == 'env.id' for key, _ in overrides):
+        raise UserError('envs takes the id bare, not as --config.env.id.')
+    _change_env(config, overrides, 'envs')
     _check_video(options.video)
     startup.prepare()
     from dreamerv3_jax import env_report
 
     if options.id:
-        settings.validate(config)
         env_report.report(config, options.video, lambda line: print(line, flush=True))
         return
     print('\n'.join(env_report.suites()))
     print('\nOther environments: any gymnasium id, module:Id-v0 or module:function.')
     print(f'Look at one with: {PROGRAM} envs Hover-v0')
+
+
+def _change_env(
+    config: ml_collections.ConfigDict, overrides: list[tuple[str, str | None]], command: str
+) -> None:
+    for key, value in overrides:
+        if not key.startswith('env.'):
+            raise UserError(f'{command} takes --config.env.KEY=VALUE only, not --config.{key}.')
+        settings.override(config, key, value)
+    if config.env.id:
+        settings.validate(config)
 
 
 def _versions() -> str:

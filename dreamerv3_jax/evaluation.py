@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 import scipy.stats
 
@@ -115,6 +116,7 @@ def evaluate(
     seed: int = 0,
     video: Path | str | None = None,
     sample: bool = False,
+    env: ml_collections.ConfigDict | None = None,
     report: Callable[[int, float, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Plays whole episodes with the newest checkpoint of a run.
@@ -128,6 +130,7 @@ def evaluate(
       seed: of the environments and of all sampling.
       video: .mp4 or .gif of an episode, the first of the first environment.
       sample: samples actions instead of taking the most probable ones.
+      env: settings of the environment, as `configs/base.py` has them; those of the run by default.
       report: called after each episode with its number from 1, its return and its length.
 
     Returns:
@@ -136,12 +139,12 @@ def evaluate(
       number of its episode.
 
     Raises:
-      UserError: there is nothing to evaluate, or no way to make the video.
+      UserError: there is nothing to evaluate, no way to make the video, or the environment has
+        other spaces than that of the run.
     """
     logdir = Path(logdir)
-    config = run_folder.read_config(logdir)
-    _require_checkpoint(logdir)
-    config.env.num_envs = count = min(episodes, config.env.num_envs)
+    settings = _settings(logdir, env)
+    settings.num_envs = count = min(episodes, settings.num_envs)
     quota = np.array([len(range(index, episodes, count)) for index in range(count)])
     returns, lengths = np.zeros(count), np.zeros(count, np.int64)
     finished: dict[str, list[float]] = {'returns': [], 'lengths': []}
@@ -149,13 +152,12 @@ def evaluate(
     env_seed = run_folder.derived_seed(seed, 2**31)
     with (
         video_file.Film(None if video is None else Path(video)) as film,
-        envs.make(config.env, env_seed, render=video is not None, restart=False) as env,
+        envs.make(settings, env_seed, render=video is not None, restart=False) as played,
     ):
-        film.frame_rate = env.frame_rate
-        player = Player(
-            logdir, env.observation_specs, env.action_specs, count=count, seed=seed, sample=sample
-        )
-        records, finals = env.reset(), None
+        film.frame_rate = played.frame_rate
+        specs = (played.observation_specs, played.action_specs)
+        player = Player(logdir, *specs, count=count, seed=seed, sample=sample)
+        records, finals = played.reset(), None
         while quota.any():
             recording = film.running
             for streams, part in _in_order(records, finals):
@@ -172,11 +174,11 @@ def evaluate(
                         film.running, result['filmed'] = False, len(finished['returns'])
             # After an automatic reset the picture is of the next episode already.
             if recording and not (records.is_first[0] and not film.running):
-                film.add(video_file.picture(env, records))
+                film.add(video_file.picture(played, records))
             if recording and not film.running:
                 film.close()
             actions = player.act(records.observation, records.is_first)
-            records, finals = env.step(actions)
+            records, finals = played.step(actions)
     values = np.array(finished['returns'])
     ci95 = float('nan')
     if episodes > 1:
@@ -192,6 +194,7 @@ def open_loop(
     observed: int = 5,
     seed: int = 0,
     video: Path | str | None = None,
+    env: ml_collections.ConfigDict | None = None,
 ) -> dict[str, prediction.Prediction]:
     """Lets the world model of a run predict what it does not see, of episodes played for it.
 
@@ -206,6 +209,7 @@ def open_loop(
       observed: how many of the T steps the model sees.
       seed: of the environments and of all sampling.
       video: .mp4 or .gif, truth above prediction above difference.
+      env: settings of the environments; those of the run by default.
 
     Returns:
       {name: `Prediction`} of each image that the agent observes, arrays [B, T, H, W, C].
@@ -220,28 +224,33 @@ def open_loop(
             f'{observed} are observed.'
         )
     logdir = Path(logdir)
-    config = run_folder.read_config(logdir)
-    _require_checkpoint(logdir)
-    config.env.num_envs = sequences
+    settings = _settings(logdir, env)
+    settings.num_envs = sequences
     env_seed = run_folder.derived_seed(seed, 2**31)
     with (
         video_file.Film(None if video is None else Path(video)) as film,
-        envs.make(config.env, env_seed, restart=False) as env,
+        envs.make(settings, env_seed, restart=False) as played,
     ):
-        if all(spec.kind != 'image' for spec in env.observation_specs.values()):
+        specs = (played.observation_specs, played.action_specs)
+        player = Player(logdir, *specs, count=sequences, seed=seed, sample=True)
+        if all(spec.kind != 'image' for spec in played.observation_specs.values()):
             raise UserError(f'The agent in {logdir} observes no pictures that it could predict.')
-        player = Player(
-            logdir, env.observation_specs, env.action_specs, count=sequences, seed=seed, sample=True
-        )
-        batch = player._play(env, length)
+        batch = player._play(played, length)
         predicted = jax.device_get(
             player._agent.open_loop(player._params, batch, observed=observed, seed=(seed, 0))
         )
         if film.running:
-            film.frame_rate = env.frame_rate
+            film.frame_rate = played.frame_rate
             for frame in prediction.video(predicted):
                 film.add(frame)
     return predicted
+
+
+def _settings(logdir: Path, env: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
+    """Returns a copy of what was given, or of the run's, which must hold a checkpoint."""
+    config = run_folder.read_config(logdir)
+    _require_checkpoint(logdir)
+    return (config.env if env is None else env).copy_and_resolve_references()
 
 
 def _require_checkpoint(logdir: Path) -> Path:

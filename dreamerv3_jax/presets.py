@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ml_collections
 
-from dreamerv3_jax import configs
+from dreamerv3_jax import configs, startup
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError, nearest
 
@@ -95,6 +95,7 @@ def _file_module(path: Path) -> types.ModuleType:
         raise UserError(f'There is no file {path}; {hint}{"?" if close else "."}') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read: {_one_line(error)}.') from error
+    startup.find_modules_here()
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,13 @@ _FLAGS = {
 # XLA splits single operations among the cores, the small ones not at all. As several devices, the
 # cores share the sequences of a batch instead. Each device has a copy of the parameters.
 _MOST_DEVICES = 4
+
+
+def find_modules_here() -> None:
+    """Lets modules of the current folder be imported, behind all others, as `python -m` does."""
+    with contextlib.suppress(FileNotFoundError):  # it was deleted
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
 
 
 def prepare() -> None:

@@ -40,7 +40,7 @@ class Film:
                 self._open = imageio.get_writer
             except ImportError as error:
                 raise UserError(
-                    'Videos need imageio; pip install "dreamerv3-jax[video]".'
+                    'Videos need imageio; in the clone, pip install -e ".[video]".'
                 ) from error
 
     def __enter__(self) -> Self:

@@ -21,7 +21,7 @@ import pytest
 import tiny_runs
 
 import dreamerv3_jax
-from dreamerv3_jax import checkpoint, cli, env_report, settings
+from dreamerv3_jax import checkpoint, cli, env_report, presets, settings
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.envs import registry
 from dreamerv3_jax.envs.registry import Suite
@@ -182,6 +182,7 @@ def mistake(capsys, *arguments):
         ('envs CartPole-v1 --config.env.repeta=2', 'did you mean config.env.repeat?'),
         ('envs CartPole-v1 --config.env.repeat=0', 'must be at least 1, not 0.'),
         ('envs CartPole-v1 --config.seed=1', 'not --config.seed.'),
+        ('envs CartPole-v1 --config.env.id=x', 'takes the id bare'),
         ('envs --config.env.repeat=2', 'Name the environment, as in dreamerv3-jax envs'),
         ('envs --video=a.gif', 'Name the environment, as in dreamerv3-jax envs'),
     ],
@@ -216,7 +217,7 @@ def check_shapes(values, checked=[]):  # noqa: B006
     if values not in checked:
         checked.append(values)
         agent = Agent(*spaces(), ml_collections.ConfigDict(values))
-        jax.jit(lambda: agent.init(0)).lower()
+        jax.eval_shape(lambda: agent.init(0))
 
 
 @pytest.mark.medium
@@ -438,17 +439,35 @@ def test_evaluate_prints_the_score(evaluated, capsys, folder):
     reports = [options.pop('report') for _, options in evaluated]
     assert evaluated[0] == (
         Path('run'),
-        {'episodes': 20, 'seed': 0, 'video': None, 'sample': False},
+        {'episodes': 20, 'seed': 0, 'video': None, 'sample': False, 'env': None},
     )
     assert evaluated[1] == (
         Path('run'),
-        {'episodes': 2, 'seed': 5, 'video': Path('a.mp4'), 'sample': True},
+        {'episodes': 2, 'seed': 5, 'video': Path('a.mp4'), 'sample': True, 'env': None},
     )
     assert capsys.readouterr().out.splitlines()[0] == (
         'mean return 3.00 ± 0.50 (95% confidence interval, 2 episodes, mean length 15.0)'
     )
     reports[1](1, 2.5, 7)
     assert capsys.readouterr().out == 'episode 1/2: return 2.50, length 7\n'
+
+
+def test_evaluate_takes_settings_of_the_environment(evaluated, capsys, folder):
+    (folder / 'run').mkdir()
+    command = ('evaluate', 'run', '--config.env.id=Pendulum-v1')
+    assert 'run holds no run' in mistake(capsys, *command)
+    config = presets.load_config('quickstart')
+    write('run/config.json', config.to_json())
+    assert cli.main([*command, '--config.env.kwargs.g=9']) == 0
+    capsys.readouterr()
+    env = evaluated[0][1]['env']
+    assert (env.id, env.kwargs.to_dict()) == ('Pendulum-v1', {'g': 9})
+    for option, words in (
+        ('env.repeat=0', 'env.repeat must be at least 1'),
+        ('env.repaet=2', 'did you mean config.env.repeat?'),
+        ('run.steps=5', 'evaluate takes --config.env.KEY=VALUE only, not --config.run.steps.'),
+    ):
+        assert words in mistake(capsys, *command, f'--config.{option}')
 
 
 def test_evaluate_shows_the_open_loop(evaluated, monkeypatch, folder):
@@ -459,7 +478,7 @@ def test_evaluate_shows_the_open_loop(evaluated, monkeypatch, folder):
         module, 'open_loop', lambda *run, **options: calls.append((run, options)), raising=False
     )
     assert cli.main(['evaluate', 'run', '--seed=5', '--open-loop=a.gif']) == 0
-    assert calls == [((Path('run'),), {'seed': 5, 'video': Path('a.gif')})]
+    assert calls == [((Path('run'),), {'seed': 5, 'video': Path('a.gif'), 'env': None})]
     assert evaluated[0][1]['video'] is None
 
 
@@ -545,7 +564,7 @@ def test_envs_without_a_video(monkeypatch, capsys, folder):
     )
     monkeypatch.setitem(sys.modules, 'imageio', None)
     assert cli.main(['envs', 'CartPole-v1']) == 0
-    assert 'no video     Videos need imageio; pip' in capsys.readouterr().out
+    assert 'no video     Videos need imageio; in the clone, pip' in capsys.readouterr().out
     assert cli.main(['envs', 'CartPole-v1', '--video=a.mp4']) == 2
     assert 'Videos need imageio' in capsys.readouterr().err
     assert not list(folder.iterdir())

@@ -60,6 +60,17 @@ def lengths_of(run, seed, quota):
     return sorted(sum([one[:least] for one, least in zip(found, quota, strict=True)], []))
 
 
+def test_another_environment(run):
+    env = run_folder.read_config(run).env
+    env.kwargs.length = 2
+    assert evaluate(run, episodes=4, env=env)['lengths'] == [2] * 4
+    assert env.num_envs == 3 and 'length' not in run_folder.read_config(run).env.kwargs
+    env.id = 'CartPole-v1'
+    env.kwargs = {}
+    with pytest.raises(UserError, match='other spaces'):
+        evaluate(run, episodes=4, env=env)
+
+
 @pytest.mark.parametrize('autoreset', ['next_step', 'same_step'])
 def test_returns_and_lengths(autoreset, tmp_path):
     """Each environment plays its share, however short the episodes of the others are."""
@@ -232,7 +243,7 @@ def test_no_pictures(tmp_path):
 
 def test_missing_package(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'imageio', None)
-    with pytest.raises(UserError, match=r'pip install "dreamerv3-jax\[video\]"'):
+    with pytest.raises(UserError, match=r'in the clone, pip install -e "\.\[video\]"'):
         evaluate(run, episodes=1, video=tmp_path / 'film.mp4')
 
 

@@ -111,7 +111,7 @@ def test_commands(folder, monkeypatch, trained, planned, capsys):
 
     module = types.ModuleType('dreamerv3_jax.evaluation')
     module.evaluate = evaluate
-    module.open_loop = lambda logdir, *, seed, video: None
+    module.open_loop = lambda logdir, *, seed, video, env: None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(dreamerv3_jax, 'evaluation', module, raising=False)
     assert commands(), f'the README shows no {PROGRAM} command'

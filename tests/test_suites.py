@@ -308,6 +308,16 @@ class TestCrafter:
             value for name, value in logs.items() if name.startswith('achievement_')
         )
 
+    def test_drawing_the_night_leaves_the_game_as_it_is(self):
+        with make('crafter/reward') as env:
+            env.reset()
+            world = inner(env)._env._world
+            world.daylight = 0.0
+            before = world.random.get_state()
+            assert inner(env).render().shape == (256, 256, 3)
+            assert all(map(np.array_equal, world.random.get_state(), before))
+            assert np.any(inner(env)._env.render() != inner(env)._env.render())  # it is noise
+
     def test_death_terminates_and_achievements_are_logged(self):
         with make('crafter/reward') as env:
             env.reset()

@@ -5,11 +5,13 @@
 `is_terminal`. Nothing in here imports JAX, so that worker processes start fast.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from dreamerv3_jax import startup
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
 from dreamerv3_jax.envs.registry import Settings, check_installed, is_suite, is_vector_suite
@@ -44,6 +46,7 @@ def make(
       UserError: a setting is wrong, the id is unknown, a package is missing, or the spaces of the
         environment are not supported.
     """
+    startup.find_modules_here()
     settings = _settings(config, seed, render, restart, part)
     if is_vector_suite(settings.id):
         check_installed(settings.id)
@@ -57,7 +60,7 @@ def make(
         return Native(settings)
     if config.vectorization == 'async':
         return Processes(settings)
-    if config.vectorization == 'sync' or len(settings.seeds) == 1:
+    if config.vectorization == 'sync' or len(settings.seeds) == 1 or os.name == 'nt':
         return InProcess(settings)
     if is_suite(settings.id):
         return Processes(settings)

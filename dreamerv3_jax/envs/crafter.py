@@ -86,8 +86,15 @@ class Crafter(gymnasium.Env):
         return observation, reward, terminated, bool(over and not terminated), logs
 
     def render(self) -> np.ndarray:
-        """Returns a picture larger than the one that is observed."""
-        return self._env.render((256, 256))
+        """Returns a picture larger than the one that is observed.
+
+        Darkness is drawn with the random numbers of the game, which has to go on as if unseen.
+        """
+        random = self._env._world.random
+        state = random.get_state()
+        picture = self._env.render((256, 256))
+        random.set_state(state)
+        return picture
 
 
 class _OrderedSet(dict):

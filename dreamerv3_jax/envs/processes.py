@@ -66,6 +66,11 @@ class Processes(Restartable):
           UserError: one cannot be built, or the system starts no more processes.
         """
         super().__init__(settings)
+        if os.name == 'nt':  # where memory is shared in another way
+            raise UserError(
+                'Environments in processes of their own need Linux or macOS; set '
+                '--config.env.vectorization=sync.'
+            )
         self._connections: list[Connection] = []
         self._workers: list[Any] = []
         self._block: Any = None  # the file behind records and actions

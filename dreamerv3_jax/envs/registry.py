@@ -13,8 +13,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +34,7 @@ from dreamerv3_jax.errors import UserError
 
 
 def _pip(extra: str) -> str:
-    return f'pip install "dreamerv3-jax[{extra}]"'
+    return f'in the clone, pip install -e ".[{extra}]"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +219,10 @@ def readable_errors(env_id: str) -> Iterator[None]:
         raise UserError(f'There is no environment {env_id!r}.{_suggestions(env_id)}') from error
     except DependencyNotInstalled as error:
         raise UserError(f'{env_id} needs another package: {_one_line(error)}') from error
+    except ModuleNotFoundError as error:
+        own = error.name == env_id.partition(':')[0].partition('.')[0]
+        hint = '; give the command in the folder of the module' if own else ''
+        raise UserError(f'Could not make {env_id}: {_one_line(error)}{hint}.') from error
     except Exception as error:
         raise UserError(
             f'Could not make the environment {env_id}: {type(error).__name__}: {_one_line(error)}'
@@ -263,9 +265,8 @@ def _make_from_suite(settings: Settings, **extra: Any) -> Any:
     if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in settings.kwargs:
             if key not in options:
-                raise UserError(
-                    f'{settings.id} has no setting env.kwargs.{key}; it has {", ".join(options)}.'
-                )
+                known = f'it has {", ".join(options)}' if options else 'it takes none'
+                raise UserError(f'{settings.id} has no setting env.kwargs.{key}; {known}.')
     return make(name, **own, **settings.kwargs)
 
 
@@ -326,8 +327,6 @@ def _user_function(module: str, attribute: str) -> Callable[..., Any] | None:
 
     The second case is gymnasium's 'module:Env-v0', where the import registers the environment.
     """
-    if os.getcwd() not in sys.path:  # as `python -m` has it
-        sys.path.append(os.getcwd())
     found = getattr(importlib.import_module(module), attribute, None)
     if found is None and attribute.isidentifier():
         raise UserError(
