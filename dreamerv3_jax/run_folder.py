@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ Specs = Mapping[str, ArraySpec]  # arrays of an observation or an action by name
 MAY_CHANGE = (
     'logdir', 'mesh.', 'hosts.', 'run.', 'env.timeout', 'replay.on_disk', 'agent.remat',
 )  # fmt: skip
+SEEN_WITHIN = 90.0  # seconds; network disks may remember for so long that there was no folder
 
 
 class Lock:
@@ -223,12 +225,15 @@ def own_rings(folder: Path, *, on_disk: bool) -> Path | None:
 
 
 def check_shared(logdir: Path) -> None:
-    """Refuses hosts that do not all see the folder of the run.
+    """Refuses hosts that do not all see the folder of the run in time.
 
     Raises:
       UserError: with the first that does not.
     """
-    seen = hosts.gather((logdir / 'config.json').exists())
+    path, start = logdir / 'config.json', time.monotonic()
+    while not path.exists() and time.monotonic() < start + SEEN_WITHIN:
+        time.sleep(0.5)
+    seen = hosts.gather(path.exists())
     if not all(seen):
         raise hosts.agreed(
             UserError(

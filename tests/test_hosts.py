@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import host
 import jax
@@ -252,10 +253,17 @@ def test_hosts_with_other_numbers_of_devices_are_refused(second_of_two, monkeypa
         run_folder.check_hosts(base.get_config('nano'))
 
 
-def test_folders_that_are_not_shared_are_refused(second_of_two, tmp_path):
+def test_folders_that_are_not_shared_are_refused(second_of_two, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, 'SEEN_WITHIN', 0.1)
     second_of_two.append(True)
     with pytest.raises(UserError, match='Host 1 does not see .*; choose a folder that all hosts'):
         run_folder.check_shared(tmp_path)
+
+
+def test_folders_that_are_seen_late_are_shared(second_of_two, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, 'sleep', lambda _: (tmp_path / 'config.json').touch())
+    second_of_two.append(True)
+    run_folder.check_shared(tmp_path)
 
 
 def test_each_host_keeps_its_replay_and_others_go(monkeypatch, tmp_path):
