@@ -130,7 +130,7 @@ def get_config(size: str = 'size200m') -> ml_collections.ConfigDict:
                 rms_decay=0.999,
                 rms_epsilon=1e-20,
                 remat=False,  # slower updates in less memory
-                compute_dtype='auto',  # bfloat16 on accelerators, float32 on CPU
+                compute_dtype='auto',  # bfloat16 on accelerators that have it, else float32
             ),
         )
     )

@@ -57,12 +57,12 @@ class Agent:
         self.observation_specs = dict(sorted(observation_specs.items()))
         self.action_specs = dict(sorted(action_specs.items()))
         self.mesh, self.acting = mesh or sharding.make_mesh(data=1), acting
-        platform = self.mesh.devices.flat[0].platform
+        device = self.mesh.devices.flat[0]
         if not isinstance(config, AgentConfig):
             config = AgentConfig.from_mapping(config)
-        self.config = config.on(platform)
+        self.config = config.on(device.platform, str(getattr(device, 'compute_capability', '')))
         self.networks = make_networks(
-            self.observation_specs, self.action_specs, self.config, platform
+            self.observation_specs, self.action_specs, self.config, device.platform
         )
         self._optimizer = make_optimizer(self.config)
         self.pure_update = functools.partial(

@@ -158,11 +158,19 @@ class AgentConfig:
         if self.discount_horizon <= 1:
             raise UserError(f'agent.discount_horizon must be above 1, not {self.discount_horizon}.')
 
-    def on(self, platform: str) -> Self:
-        """Returns the settings for devices such as 'cpu', with a precision in place of 'auto'."""
+    def on(self, platform: str, capability: str = '') -> Self:
+        """Returns the settings for devices such as 'cpu', with a precision in place of 'auto'.
+
+        Args:
+          platform: as JAX names it.
+          capability: of a GPU, such as '7.5'; NVIDIA's below 8 compute bfloat16 as float32.
+        """
         if self.compute_dtype != 'auto':
             return self
-        dtype = 'float32' if platform == 'cpu' else 'bfloat16'
+        major = capability.partition('.')[0]
+        dtype = 'bfloat16'
+        if platform == 'cpu' or (major.isdigit() and int(major) < 8):
+            dtype = 'float32'
         return dataclasses.replace(self, compute_dtype=dtype)
 
     @property

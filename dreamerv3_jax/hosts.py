@@ -26,6 +26,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dreamerv3_jax import startup
 from dreamerv3_jax.errors import Failure, UserError
 
 _PATIENCE = 300.0  # seconds in which all hosts have to be there
@@ -75,6 +76,10 @@ def connect(settings: ml_collections.ConfigDict) -> None:
             jax.distributed.initialize(initialization_timeout=patience)
             if jax.process_count() == 1:  # with whom nobody need speak
                 jax.distributed.shutdown()
+        if jax.process_count() > 1 and startup.own_cache:
+            # Only the first writes programs to it. Where it then finds one, it does not compile,
+            # and on GPUs the others wait for its part of the measurements for a day.
+            jax.config.update('jax_enable_compilation_cache', False)
     except Exception as error:
         raise UserError(_not_found(_one_line(error))) from error
     finally:

@@ -6,6 +6,7 @@ parameters on every device once, see `whole`, and splits their gradients again, 
 compiler inserts the communication; the same program serves one device and many.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -179,8 +180,14 @@ def gather(mesh: Mesh, tree: Any) -> Any:
     if mesh.size == 1:
         return tree
     if mesh.shape['fsdp'] > 1:
-        tree = jax.device_put(tree, replicated(mesh))
+        tree = _replicate(mesh)(tree)
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[Any], Any]:
+    # Between devices: `device_put` would copy each array to the host and from there to all of them.
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def send(batch: Any, sharding: NamedSharding) -> Any:

@@ -26,6 +26,7 @@ _MALLOC_OPTIONS = (
 )
 _HUGE_PAGES = 14  # MADV_HUGEPAGE of sys/mman.h
 _one_heap = False  # whether they are in force
+own_cache = False  # whether compiled programs are kept in the user's cache folder
 # A core that waits for another one ends the process after a minute, so also one that was suspended
 # for that long; with these it waits.
 _PATIENT = (
@@ -104,6 +105,8 @@ def keep_compiled_programs() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+            global own_cache
+            own_cache = True
 
 
 def instruction_set() -> str:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dreamerv3_jax.configs import gymnasium as preset
 ROOT = Path(__file__).parents[1]
 INTERVAL = 2.0  # seconds between checkpoints
 SLACK = 5.0  # seconds that a checkpoint may take on a busy machine
+PATIENCE = 180.0  # seconds that a start may take
 MOMENTS = ('start', 'checkpoint', 'any')
 
 
@@ -67,14 +69,16 @@ def get_config(size: str = 'nano') -> Any:
     return config
 
 
-def survive(folder: Path, kills: int, seed: int, on_disk: bool) -> None:
+def survive(
+    folder: Path, kills: int, seed: int, on_disk: bool, moments: Sequence[str] = MOMENTS
+) -> None:
     """Raises AssertionError where something is lost; prints a line for every kill."""
     rng = np.random.default_rng(seed)
     command = [sys.executable, '-m', 'dreamerv3_jax', 'train']
     command += [f'--config={Path(__file__)}', f'--config.logdir={folder}']
     command += [f'--config.replay.on_disk={on_disk}']
     for number in range(kills):
-        moment = MOMENTS[number % len(MOMENTS)]
+        moment = moments[number % len(moments)]
         before = newest_complete(folder)
         with (folder.parent / 'printed').open('w') as printed:
             process = subprocess.Popen(
@@ -85,13 +89,13 @@ def survive(folder: Path, kills: int, seed: int, on_disk: bool) -> None:
                 assert process.poll() is None, (folder.parent / 'printed').read_text()
             finally:
                 process.kill()
-                process.wait()
+                process.wait(timeout=PATIENCE)
         kept = check(folder, on_disk, before)
         print(f'{number + 1:3}  killed at {moment:10}  goes on at step {kept:,}', flush=True)
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL)
     wait(process, folder, 'any', newest_complete(folder), rng)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
 
 
 def wait(
@@ -103,8 +107,10 @@ def wait(
         return
 
     def wait_for(condition: Any) -> None:
+        deadline = time.monotonic() + PATIENCE
         while not condition() and process.poll() is None:
-            time.sleep(0.001)
+            assert time.monotonic() < deadline, f'no checkpoint within {PATIENCE} seconds'
+            time.sleep(0.005)
 
     wait_for(lambda: newest_complete(folder) not in (before, None))
     if moment == 'checkpoint':

@@ -39,6 +39,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('tests')
 
 
+def pytest_collection_modifyitems(items):
+    """Begins with files that take minutes, as nobody else is left to help with them at the end."""
+    long = ('test_hosts', 'test_resume', 'test_memory', 'test_kill', 'test_damage', 'test_notebook')
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 @pytest.fixture(scope='session', autouse=True)
 def cache_folder(tmp_path_factory):
     """Keeps compiled programs of commands out of the user's own cache."""

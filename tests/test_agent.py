@@ -44,7 +44,7 @@ SPACES = {
         Dict({'steer': MOVE, 'gear': Discrete(3), 'lights': MultiDiscrete([2, 3])}),
     ),
 }
-REAL = ('vector to choice', 'images')  # these are really trained; the others are only traced
+REAL = ('images',)  # is really trained; the others are only traced
 COUNT = 3
 
 

@@ -230,7 +230,8 @@ def test_costs_of_operations_by_hand():
     assert all(3 * 64 <= cost.size <= 5 * 64 for cost in products)
     assert 'dot_general' in products[0].where
     # Of five matrices one is read, at an index, and written.
-    assert costs['dynamic-slice_bitcast_fusion'].size == 64 + 4 + 64
+    (cost,) = [cost for name, cost in costs.items() if 'dynamic-slice' in name]
+    assert cost.size == 64 + 4 + 64
 
 
 def test_what_no_accelerator_should_do_is_found():
@@ -289,7 +290,7 @@ def test_overlap_measures_the_real_loop(monkeypatch):
     monkeypatch.setattr(overlap, 'UPDATES', (0.1,))
     ((update, acting, environments, tick),) = overlap.run(ticks=6)
     assert update > 0.09 and environments > overlap.STEP and acting > 0
-    assert tick > update + acting / 2  # one after the other
+    assert tick > overlap.UPDATES[0] + acting / 2  # one after the other
 
 
 def test_shares_of_overlap_by_hand():

@@ -236,6 +236,19 @@ def test_impossible_values_are_refused_by_the_agent_itself(change):
         AgentConfig.from_mapping(base.get_config().agent.to_dict() | change)
 
 
+def test_precision_is_one_that_the_device_has():
+    config = AgentConfig.from_mapping(base.get_config().agent.to_dict())
+    for device, dtype in (
+        (('cpu',), 'float32'),
+        (('tpu',), 'bfloat16'),
+        (('gpu', '7.5'), 'float32'),
+        (('gpu', '8.0'), 'bfloat16'),
+        (('gpu', '12.0'), 'bfloat16'),
+        (('gpu', 'gfx942'), 'bfloat16'),  # of AMD
+    ):
+        assert config.on(*device).compute_dtype == dtype
+
+
 def test_incomplete_unknown_and_mistyped_settings_are_refused():
     config = presets.load_config('quickstart')
     del config.replay['online']

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import tiny_runs
 from test_suites import make, random_actions
 
 from dreamerv3_jax.envs.registry import SUITES
@@ -59,7 +58,7 @@ SPECIAL = [
     Case('craftax/classic', {'length': 61}, limit=61, dies=False),
     Case('crafter/reward', {'length': 61}, limit=61),
     Case('dmc/walker_walk', repeat=10, limit=100, dies=False),
-    Case('dmc/cartpole_balance', {'vision': True}, repeat=20, limit=50, dies=False),
+    Case('dmc/cartpole_balance', {'vision': True}, repeat=50, limit=20, dies=False),
     Case('manipulation/reach_site', repeat=4, limit=63, dies=False),
     Case('memorymaze/9x9', repeat=10, limit=100, dies=False, marks=(pytest.mark.slow,)),
     Case('metaworld/reach', repeat=10, limit=50, dies=False),
@@ -179,6 +178,8 @@ def check_episodes(history, limit):
 @pytest.mark.medium
 def test_contract(case, monkeypatch, quick_compilation):
     outside = watch_spaces(monkeypatch)
+    with open_case(case, seed=1, vectorization=vectorization(case)) as env:
+        other = digests(play(env, 25))
     with open_case(case, vectorization=vectorization(case)) as env:
         specs = env.observation_specs
         history = play(env, case.ticks)
@@ -188,8 +189,7 @@ def test_contract(case, monkeypatch, quick_compilation):
     assert bool(cut) == bool(case.limit)
     assert bool(deaths) == case.dies
     assert elsewhere(case, quick_compilation) == {'digests': digests(history), 'left': []}
-    with open_case(case, seed=1, vectorization=vectorization(case)) as env:
-        assert digests(play(env, 25)) != digests(history[:26]), 'the seed has no effect'
+    assert other != digests(history[:26]), 'the seed has no effect'
 
 
 @pytest.mark.medium
@@ -261,6 +261,8 @@ def elsewhere(case, folder):
     )
     script = Path('elsewhere.py')
     script.write_text(code)
+    import tiny_runs  # and JAX with it, which that process does without
+
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(root), str(root / 'tests')])
     variables = tiny_runs.quick_variables(folder) | {'PYTHONPATH': path, 'PYTHONHASHSEED': '7'}

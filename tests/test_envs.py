@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import re
@@ -196,10 +197,8 @@ def test_environments_in_processes_step_while_nobody_waits():
     with make('toy_envs:Slow', vectorization='async') as env:
         env.reset()
         env.start({'action': np.zeros((2, 2), np.float32)})
-        time.sleep(0.6)
-        started = time.monotonic()
+        assert all(connection.poll(60) for connection in env._connections)
         records, _ = env.finish()
-        assert time.monotonic() - started < 0.2
         (picture,) = records.observation.values()
         assert picture.min() == 7
 
@@ -369,13 +368,13 @@ def test_close_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(processes.os, 'access', lambda *_: False)  # no memory file system
     monkeypatch.setattr(processes.tempfile, 'tempdir', str(tmp_path))
     env = make(vectorization='async')
-    workers = list(env._workers)
+    workers, block = list(env._workers), env._block
     assert all(worker.is_alive() for worker in workers)
     env.reset()
     env.close()
     env.close()
     assert [worker.exitcode for worker in workers] == [0, 0]
-    assert list(tmp_path.iterdir()) == []
+    assert block.closed
 
 
 def test_workers_end_with_their_parent():
@@ -465,11 +464,28 @@ def test_workers_that_start_ignore_interrupts():
     assert result.stderr.count('Traceback') == 1 and result.returncode == -signal.SIGINT
 
 
+def test_parts_on_many_hosts_are_those_of_one():
+    config = ml_collections.ConfigDict(
+        dict(
+            id=COUNTER, kwargs={}, num_envs=4, repeat=1, image_size=0, vectorization='sync',
+            autoreset='next_step', timeout=120.0,
+        )
+    )  # fmt: skip
+
+    def lives(part):
+        with envs.make(config, 0, part=part) as env:
+            return [stream._seed for stream in env._streams]
+
+    whole = lives((0, 1))
+    assert len(set(whole)) == 4 and lives((0, 2)) + lives((1, 2)) == whole
+
+
 def test_workers_keep_off_the_accelerator_and_ignore_interrupts(monkeypatch):
     monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     with make(vectorization='async') as env:
         assert os.environ['JAX_PLATFORMS'] == 'tpu'
-        assert 'OMP_NUM_THREADS' not in os.environ or os.environ['OMP_NUM_THREADS'] != '1'
+        assert 'OMP_NUM_THREADS' not in os.environ
         pid = env._workers[0].pid
         variables = Path(f'/proc/{pid}/environ').read_bytes().split(b'\0')
         assert b'JAX_PLATFORMS=cpu' in variables
@@ -529,12 +545,15 @@ FAILURES = {
 def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what, tmp_path):
     """The others go on, and the episode that was cut does not run on into the next one."""
     kwargs = {'length': 6, 'fail_at': 3, 'failure': what, 'once': str(tmp_path / 'failed')}
-    changes = dict(kwargs=kwargs, autoreset=autoreset, timeout=8.0 if what == 'hang' else 120.0)
-    with make(num_envs=3, vectorization=vectorization, **changes) as env:
+    changes = dict(kwargs=kwargs, autoreset=autoreset, num_envs=3)
+    with make(vectorization=vectorization, **changes) as env:
         env.reset()
         env.step(ZEROS)
         env.step(ZEROS)
-        records, finals = env.step(ZEROS)
+        if what == 'hang':  # the one step; to start processes takes longer at times
+            env._settings = dataclasses.replace(env._settings, timeout=2.0)
+        env.start(ZEROS)
+        records, finals = env.finish()
         (row,) = np.flatnonzero(records.is_first)
         count = records.observation['count']
         assert count[row].tolist() == [1, 0] and (np.delete(count, row, 0) == [1, 3]).all()

@@ -92,15 +92,15 @@ def test_an_environment_that_hangs_does_not_delay_saving(
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_second_signal_ends_even_saving(number, code, start, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_even_saving(number, start, tmp_path):
     process = start(slow_save=True, run__checkpoint_every=1e-9)
     wait_for(tmp_path / 'saving', process)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(number)
-    assert ends_within(10, process) in (code, -number)  # both are `code` to a shell
+    assert ends_within(10, process) == -number
     assert checkpoint.latest_step(tmp_path / 'run' / 'checkpoints') is None
 
 

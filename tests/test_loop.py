@@ -174,14 +174,41 @@ class Spy:
                         self.latents[name][first + 1 + step][stream] = value[row, step]
 
 
-def test_hosts_of_one_machine_need_its_memory_together(tmp_path, monkeypatch):
-    checked, config = [], counter_config()
+@pytest.mark.parametrize(('nodes', 'on_disk', 'parts'), [
+    (['here', 'here', 'there'], False, 2), (['here', 'here', 'there'], True, 1),
+])  # fmt: skip
+def test_hosts_need_memory_of_their_machine_and_one_disk(
+    nodes, on_disk, parts, tmp_path, monkeypatch
+):
+    checked, config = [], counter_config(replay__on_disk=on_disk)
     monkeypatch.setattr(
-        loop, 'check_memory', lambda _, capacity, *__, **___: checked.append(capacity)
+        loop, 'check_memory', lambda _, *arguments, resumed: checked.append((*arguments, resumed))
     )
-    monkeypatch.setattr(loop.hosts, 'gather', lambda own: [own, own])
-    with Trainer(config, tmp_path, 'tiny'):
-        assert checked == [2 * config.replay.capacity]
+    monkeypatch.setattr(loop.platform, 'node', lambda: 'here')
+    monkeypatch.setattr(
+        loop.hosts, 'gather', lambda own: nodes if own == 'here' else [own] * len(nodes)
+    )
+    folder = tmp_path / 'run' / 'replay' if on_disk else None
+    for resumed in (False, True):
+        with Trainer(config, tmp_path / 'run', 'tiny') as trainer:
+            trainer.save()
+        # The disk is that of as many hosts as there are, which is one here.
+        assert checked.pop() == (parts * config.replay.capacity, folder, resumed)
+
+
+def test_a_host_that_fails_tells_the_others(tmp_path, monkeypatch):
+    told, error = [], UserError('It broke.')
+    with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer, monkeypatch.context() as patch:
+        patch.setattr(loop.hosts, 'count', lambda: 2)
+        patch.setattr(loop.agreement, 'agree', lambda own: told.append(own) or own)
+        with pytest.raises(UserError, match='It broke'), trainer._environments():
+            raise error
+        assert told[-1].failed and error in loop.hosts._all_know
+        patch.setattr(loop.agreement, 'agree', lambda own: own._replace(failed=1))
+        with pytest.raises(Failure, match='Another host cannot go on') as others:
+            trainer._agree()
+        assert others.value in loop.hosts._all_know
+    loop.hosts._all_know.clear()
 
 
 def test_a_signal_during_a_reset_ends_the_tick(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_memory_is_flat_once_a_run_is_warm(tmp_path, quick_compilation):
 def check_memory(folder):
     from experiments import memory_flat
 
-    config = tiny_runs.run_config('toy_envs:Camera', replay__capacity=400)
+    config = tiny_runs.run_config('toy_envs:Camera', env__num_envs=8, replay__capacity=400)
     config.replay.train_ratio = 0.32  # an update every hundred steps
     config.run.update(steps=3200, checkpoint_every=1.0, log_every=0.1)
     found = memory_flat.measure(config, folder)
@@ -64,7 +64,7 @@ def held():
 
 
 @pytest.mark.parametrize(
-    'count', [pytest.param(4, marks=pytest.mark.medium), pytest.param(50, marks=pytest.mark.slow)]
+    'count', [pytest.param(2, marks=pytest.mark.medium), pytest.param(50, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])
 def test_evaluations_leave_nothing_behind(count, vectorization, tmp_path):

@@ -230,11 +230,29 @@ def test_mistakes(capsys, monkeypatch):
 
 
 @pytest.mark.medium
-def test_figures_are_those_of_the_real_program(monkeypatch):
+def test_figures_are_those_of_the_real_program(monkeypatch, capsys):
+    """Through the command line."""
     monkeypatch.setattr('dreamerv3_jax.sharding.LEAST_SHARDED', 64)
-    config = tiny(mesh__fsdp=2, env__id='CartPole-v1')
-    planner = plan.Planner(config, topology.parse('cpu:2'))
-    figures = planner.measure()
+    measure, measured = plan.Planner.measure, []
+
+    def recorded(planner, *arguments):
+        measured.append((planner, measure(planner, *arguments)))
+        return measured[-1][1]
+
+    monkeypatch.setattr(plan.Planner, 'measure', recorded)
+    overrides = [f'--config.agent.{name}={value}' for name, value in tiny_runs.AGENT.items()]
+    overrides += ['--config.replay.batch_size=4', '--config.replay.batch_length=8']
+    overrides += ['--config.mesh.fsdp=2', '--config.env.id=CartPole-v1']
+    assert cli.main(['plan', '--topology=cpu:2', *overrides]) == 0
+    found = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert found['devices'] == 'cpu:2, mesh data=1 fsdp=2'
+    assert found['observation'] == 'observation: 4 numbers'
+    assert found['action'] == 'action: 2 choices'
+    assert found['update'] == '4 sequences of 8 steps, float32, no remat'
+    assert found['fits'].startswith('yes: ')
+    assert re.search(r'[1-9]\d* \S+ of \d+\.\d\d MB', found['exchanged'])
+    assert found['steps'] == 'one update every 0.125 (train ratio 256)'
+    ((planner, figures),) = measured
     agent = planner.agent
     assert figures.parameters == sum(agent.parameter_counts().values())
     state, batch = agent.init(0), agent.send(agent.blank_batch(4, 8))
@@ -253,20 +271,10 @@ def test_figures_are_those_of_the_real_program(monkeypatch):
     assert figures.fits and figures.seconds == 0 and figures.temporaries > 0
 
 
-@pytest.mark.medium
-def test_a_plan_through_the_command_line(capsys):
-    overrides = [f'--config.agent.{name}={value}' for name, value in tiny_runs.AGENT.items()]
-    overrides += ['--config.replay.batch_size=4', '--config.replay.batch_length=8']
-    overrides += ['--config.env.image_size=48']
-    assert cli.main(['plan', '--topology=cpu:2', *overrides]) == 0
-    found = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert found['devices'] == 'cpu:2, mesh data=2 fsdp=1'
-    assert found['observation'] == 'image: 48x48x3 image'
-    assert found['action'] == 'action: 17 choices'
-    assert found['update'] == '4 sequences of 8 steps, float32, no remat'
-    assert found['fits'].startswith('yes: ')
-    assert re.search(r'[1-9]\d* all-reduce of \d+\.\d\d MB', found['exchanged'])
-    assert found['steps'] == 'one update every 0.125 (train ratio 256)'
+def test_without_an_environment_there_are_a_picture_and_a_choice():
+    observation, action = plan.specs_of(tiny(env__image_size=48))
+    assert {name: str(spec) for name, spec in observation.items()} == {'image': '48x48x3 image'}
+    assert {name: str(spec) for name, spec in action.items()} == {'action': '17 choices'}
 
 
 def test_the_nearest_setting_that_fits_is_looked_for(monkeypatch):

@@ -340,6 +340,31 @@ def test_prior_and_posterior_are_one_percent_uniform():
         np.testing.assert_allclose(jnp.exp(log_probs).max(), 0.99 + 0.01 / C, rtol=1e-3)
 
 
+def test_noise_is_another_for_every_step_and_row():
+    """Seen where all classes are equally likely, as the weights of the logits are zero."""
+    params, rows = parameters()['dynamics'], 4
+    params = params | {
+        name: jax.tree.map(jnp.zeros_like, params[name])
+        for name in ('prior_logits', 'posterior_logits')
+    }
+
+    def act(state, key):
+        words = jax.random.key_data(key)
+        return jnp.zeros((rows, A)), jnp.broadcast_to(words, (rows, len(words)))
+
+    key = jax.random.key(0)
+    dynamics = networks().dynamics
+    latents, last, keys = rssm.imagine(dynamics, params, latent(rows), act, STEPS, key, **UNIMIX)
+    assert len(np.unique(keys[0], axis=0)) == STEPS
+    imagined = np.concatenate([latents.stoch[:, 1:], last.stoch[:, None]], 1)
+    result = observe(*inputs(), {'dynamics': params}, key)
+    for stoch in (imagined, np.asarray(result.latent.stoch)):
+        drawn = stoch.argmax(-1)  # [rows, STEPS, S]
+        assert drawn.shape == (rows, STEPS, S)
+        for same in (*drawn, *drawn.swapaxes(0, 1)):
+            assert len(np.unique(same, axis=0)) > 2
+
+
 def test_imagined_latents_are_one_percent_uniform(monkeypatch):
     # With a uniform number just below 1 the last class is drawn, however unlikely it is by itself.
     monkeypatch.setattr(jax.random, 'uniform', lambda key, shape: jnp.full(shape, 0.9999))

@@ -177,9 +177,6 @@ class TestManipulation:
             assert not records.is_terminal[0]
             assert env.step(still(env))[0].is_first[0]
 
-    def test_seeds(self):
-        check_seeds('manipulation/reach_site', steps=10)
-
     def test_poses_that_were_tried_are_not_told(self, caplog):
         with make('manipulation/reach_site') as env:
             for _ in range(20):

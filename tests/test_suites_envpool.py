@@ -232,10 +232,6 @@ class TestProcGen:
             with pytest.raises(UserError, match=f'needs {words}'):
                 make_pool('procgen/coinrun')
 
-    @pytest.mark.medium
-    def test_seeds(self):
-        check_seeds('procgen/starpilot')
-
     def test_pictures(self):
         with make_pool('procgen/coinrun', render=True, num_envs=2) as env:
             records = env.reset()

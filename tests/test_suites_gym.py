@@ -231,9 +231,6 @@ class TestMetaworld:
                 records, _ = env.step({'action': action})
             assert env.pop_logs()['success'] == skilled
 
-    def test_seeds(self):
-        check_seeds('metaworld/reach', steps=20)
-
     def test_every_task(self):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
@@ -297,9 +294,6 @@ class TestRobotics:
             assert steps == 70  # of 280
             assert env.pop_logs() == {'tasks': 0.0}
 
-    def test_seeds(self):
-        check_seeds('robotics/FetchReach-v4', steps=60)
-
     def test_render(self, picture):
         with make('robotics/FetchReach-v4', render=True) as env:
             env.reset()
@@ -353,9 +347,6 @@ class TestVizdoom:
         for name in vizdoom.SCENARIOS:
             with make(f'vizdoom/{name}', kwargs={'combine': True}, repeat=4) as env:
                 play(env, 20)
-
-    def test_seeds(self):
-        check_seeds('vizdoom/basic', steps=90, repeat=4)
 
     @pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
     def test_the_game_ends_with_a_process_that_is_killed(self):
