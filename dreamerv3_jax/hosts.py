@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -76,14 +77,34 @@ def connect(settings: ml_collections.ConfigDict) -> None:
             jax.distributed.initialize(initialization_timeout=patience)
             if jax.process_count() == 1:  # with whom nobody need speak
                 jax.distributed.shutdown()
-        if jax.process_count() > 1 and startup.own_cache:
-            # Only the first writes programs to it. Where it then finds one, it does not compile,
-            # and on GPUs the others wait for its part of the measurements for a day.
-            jax.config.update('jax_enable_compilation_cache', False)
     except Exception as error:
         raise UserError(_not_found(_one_line(error))) from error
     finally:
         watch.cancel()
+    _share_programs_or_keep_none()
+
+
+def _share_programs_or_keep_none() -> None:
+    """Compiled programs are kept only where all hosts find those that the first one writes.
+
+    It would not compile again, while the others do; and on GPUs they then wait for its part of what
+    is measured, for a day.
+    """
+    folder = Path(os.environ['JAX_COMPILATION_CACHE_DIR']) if startup.own_cache else None
+
+    def leave_mark() -> str:
+        with contextlib.suppress(OSError):
+            if folder:
+                descriptor, path = tempfile.mkstemp(prefix='mark-', dir=folder)
+                os.close(descriptor)
+                return Path(path).name
+        return ''
+
+    mark = first(leave_mark)
+    if not all(gather(bool(folder and mark and (folder / mark).exists()))) and folder:
+        jax.config.update('jax_enable_compilation_cache', False)
+    if index() == 0 and folder and mark:
+        (folder / mark).unlink(missing_ok=True)
 
 
 def _check_port(coordinator: str) -> None:

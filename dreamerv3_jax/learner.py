@@ -61,7 +61,10 @@ class Learner:
         # Updates whose results were not used: one under way and, for a moment, the one before.
         self._pending: list[tuple[SampleIndex, StoredLatent, Metrics]] = []
         self._metrics: list[Metrics] = []  # of updates, since they were taken
+        self._newest: Metrics = {}
         self._acting_params: Any = None  # after the last update
+        # Accelerators run what they are given in order, so it is given early.
+        self._queues = agent.mesh.devices.flat[0].platform != 'cpu'
         self._begun = False  # the newest update was started, and nothing was done after it
 
     @property
@@ -75,24 +78,29 @@ class Learner:
         return self._acting_params
 
     def wait(self) -> None:
-        """Waits until the parameters to act by are there."""
-        if not self._agent.acting:
+        """Waits on a CPU until the parameters to act by are there; others queue what uses them."""
+        if not self._agent.acting and not self._queues:
             jax.block_until_ready(self.state.updates)
 
     def begin(self, steps: int, stopped: Callable[[], bool]) -> None:
         """Starts the first update that is due, if its batch was sent; `train` makes the others.
 
+        Then waits for the update before, by which the policy acts, where `wait` did not.
+
         Args:
           steps: of all environments, from the start of the run.
           stopped: whether to make no further update.
         """
-        if not self.feed.ready:  # the ratio counts from the first batch on
-            return
-        due = self.ratio.due(steps)
-        if due and not stopped():
-            self._start()
-            due -= 1
-        self.ratio.give_back(due)
+        before = self._newest
+        if self.feed.ready:  # the ratio counts from the first batch on
+            due = self.ratio.due(steps)
+            if due and not stopped():
+                self._start()
+                due -= 1
+            self.ratio.give_back(due)
+        if not self._agent.acting and self._queues:
+            with self._timer.section('update'):
+                jax.block_until_ready(before)
 
     def train(self, steps: int, stopped: Callable[[], bool]) -> None:
         """Makes the updates that are due after so many steps; those left are due at the next call.
@@ -126,6 +134,7 @@ class Learner:
         self._acting_params, self._begun = before, True
         self._pending.append((index, latents, metrics))
         self._metrics.append(metrics)
+        self._newest = metrics
         self._counters['updates'] += 1
 
     def _go_on(self) -> None:

@@ -19,7 +19,7 @@ import test_loop
 import test_sharding
 import tiny_runs
 
-from dreamerv3_jax import agreement, checkpoint, hosts, run_folder, sharding
+from dreamerv3_jax import agreement, checkpoint, hosts, run_folder, sharding, startup
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.agreement import Told
 from dreamerv3_jax.configs import base
@@ -264,6 +264,22 @@ def test_folders_that_are_seen_late_are_shared(second_of_two, tmp_path, monkeypa
     monkeypatch.setattr(time, 'sleep', lambda _: (tmp_path / 'config.json').touch())
     second_of_two.append(True)
     run_folder.check_shared(tmp_path)
+
+
+@pytest.mark.parametrize('seen', [True, False])
+def test_programs_are_kept_where_all_hosts_find_them(seen, second_of_two, tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, 'own_cache', True)
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
+    (tmp_path / 'mark').touch()
+    kept = {'jax_enable_compilation_cache': True}
+    monkeypatch.setattr(jax.config, 'update', kept.__setitem__)
+    second_of_two.extend([{'result': 'mark'}, seen])
+    hosts._share_programs_or_keep_none()
+    assert kept['jax_enable_compilation_cache'] == seen
+    (tmp_path / 'mark').unlink()
+    second_of_two.extend([{'result': 'mark'}, True])
+    hosts._share_programs_or_keep_none()
+    assert not kept['jax_enable_compilation_cache']
 
 
 def test_each_host_keeps_its_replay_and_others_go(monkeypatch, tmp_path):

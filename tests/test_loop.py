@@ -317,6 +317,21 @@ def test_compiles_once(tmp_path, monkeypatch, fresh_agents):
 # Whole runs.
 
 
+@pytest.mark.usefixtures('shared_agents')
+def test_devices_with_a_queue_do_the_same(tmp_path):
+    """Accelerators are given the next update before the one whose parameters act is awaited."""
+    found = []
+    for queues in (False, True):
+        with Trainer(counter_config(), tmp_path / str(queues), 'tiny') as trainer:
+            trainer._learner._queues = queues
+            for _ in range(30):
+                trainer.tick()
+            assert trainer.counters['updates'] > 5
+            trainer._learner.finish()
+            found.append((jax.device_get(trainer._learner.state.params), stored(trainer)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 @pytest.mark.medium
 def test_runs_are_deterministic(tmp_path, fresh_agents):
     config = tiny_runs.run_config('Pendulum-v1', run__steps=90, replay__train_ratio=128.0)
