@@ -75,6 +75,7 @@ def of(run, *names):
 # What flows where.
 
 
+@pytest.mark.medium
 def test_the_policy_always_has_the_newest_parameters(run):
     newest, updates = None, 0
     for call in of(run, 'init', 'update', 'policy'):

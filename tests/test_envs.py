@@ -531,7 +531,7 @@ FAILURES = {
     'half an action': "an observation 'action' of float64 where its space has int64; correct the",
     'quit': 'Environment . of toy_envs:Counter (failed: SystemExit|died: .* exit code 3)',
     'exit': 'died: its process ended with exit code 7',
-    'hang': 'did not answer for 8 seconds',
+    'hang': 'did not answer for 2 seconds',
 }
 
 

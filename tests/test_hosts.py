@@ -398,6 +398,7 @@ def test_who_names_this_machine_is_not_heard_from_outside(coordinator, bound, mo
 @pytest.mark.parametrize('count', [1, 2])
 def test_no_server_is_left_where_one_host_is_found(count, monkeypatch):
     calls = []
+    monkeypatch.setattr(hosts, '_share_programs_or_keep_none', lambda: None)  # asks the others
     monkeypatch.setattr(hosts, '_started_together', lambda: True)
     monkeypatch.setattr(jax, 'process_count', lambda: count)
     for name in ('initialize', 'shutdown'):

@@ -419,6 +419,7 @@ def test_resume_without_replay(tmp_path):
         assert 0 < trainer.counters['updates'] - before <= 4
 
 
+@pytest.mark.medium
 def test_an_interrupt_ends_the_updates_of_a_tick(tmp_path):
     config = counter_config(replay__train_ratio=256.0)
     with Trainer(config, tmp_path, 'tiny') as trainer:

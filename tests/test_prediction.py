@@ -96,6 +96,7 @@ def changed(tree, name, at, change):
     return tree | {name: value}
 
 
+@pytest.mark.medium
 def test_pictures_of_all_images():
     found, truth = predict(batch()), batch().observation
     assert {name: x.truth.shape for name, x in found.items()} == {
@@ -196,6 +197,7 @@ def test_video_by_hand():
     ]  # fmt: skip
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('autoreset', ['next_step', 'same_step'])
 def test_run(autoreset, shared_agents, tmp_path):
     """Each sequence goes on from the reset, and truth is what the environment shows."""

@@ -357,7 +357,7 @@ def test_noise_is_another_for_every_step_and_row():
     latents, last, keys = rssm.imagine(dynamics, params, latent(rows), act, STEPS, key, **UNIMIX)
     assert len(np.unique(keys[0], axis=0)) == STEPS
     imagined = np.concatenate([latents.stoch[:, 1:], last.stoch[:, None]], 1)
-    result = observe(*inputs(), {'dynamics': params}, key)
+    result = rssm.observe(dynamics, params, *inputs(), key, **UNIMIX)
     for stoch in (imagined, np.asarray(result.latent.stoch)):
         drawn = stoch.argmax(-1)  # [rows, STEPS, S]
         assert drawn.shape == (rows, STEPS, S)
