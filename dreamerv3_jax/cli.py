@@ -83,7 +83,7 @@ options:
                                 the actions alone, and the difference (or FILE.gif)
   --sample                      samples actions as in training, instead of the likeliest ones
   --config.env.KEY=VALUE        changes a setting of the environment, such as its id, for a test in
-                                another one with the same spaces
+                                another one with the same spaces; a new id has no env.kwargs
   --help                        this text
 
 examples:
@@ -253,6 +253,8 @@ def _evaluate(arguments: list[str]) -> None:
     env = None
     if overrides:
         config = run_folder.read_config(logdir)
+        if any(key == 'env.id' for key, _ in overrides):
+            config.env.kwargs = ml_collections.ConfigDict()
         _change_env(config, overrides, 'evaluate')
         env = config.env
     if options.open_loop:

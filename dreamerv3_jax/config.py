@@ -81,7 +81,7 @@ class AgentConfig:
     rms_epsilon: float
     # What is the same computation for more or less memory.
     remat: bool  # gradients compute the inside of each network again instead of keeping it
-    compute_dtype: str  # 'auto' (bfloat16 on accelerators, float32 on CPU), 'float32' or 'bfloat16'
+    compute_dtype: str  # 'auto' (see `on`), 'float32' or 'bfloat16'
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

@@ -26,6 +26,7 @@ import jax
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 
 from dreamerv3_jax import startup
 from dreamerv3_jax.errors import Failure, UserError
@@ -81,15 +82,16 @@ def connect(settings: ml_collections.ConfigDict) -> None:
         raise UserError(_not_found(_one_line(error))) from error
     finally:
         watch.cancel()
-    _share_programs_or_keep_none()
 
 
-def _share_programs_or_keep_none() -> None:
+def share_programs_or_keep_none() -> None:
     """Compiled programs are kept only where all hosts find those that the first one writes.
 
     It would not compile again, while the others do; and on GPUs they then wait for its part of what
     is measured, for a day.
     """
+    if count() == 1:
+        return
     folder = Path(os.environ['JAX_COMPILATION_CACHE_DIR']) if startup.own_cache else None
 
     def leave_mark() -> str:
@@ -103,6 +105,7 @@ def _share_programs_or_keep_none() -> None:
     mark = first(leave_mark)
     if not all(gather(bool(folder and mark and (folder / mark).exists()))) and folder:
         jax.config.update('jax_enable_compilation_cache', False)
+        compilation_cache.reset_cache()  # or what the first program found would hold for all
     if index() == 0 and folder and mark:
         (folder / mark).unlink(missing_ok=True)
 

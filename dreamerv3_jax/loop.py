@@ -76,7 +76,6 @@ class Trainer:
         self._returns = np.zeros(self._env.num_envs)
         self._lengths = np.zeros(self._env.num_envs, np.int64)
         self._policy_state = self._agent.initial_policy_state(self._env.num_envs)
-        self._logged = self._saved = time.monotonic()
 
     def __enter__(self) -> 'Trainer':
         return self
@@ -88,6 +87,7 @@ class Trainer:
     def _build(self, preset: str) -> None:
         config, logdir, opened = self._config, self._logdir, self._opened
         run_folder.check_hosts(config)
+        hosts.share_programs_or_keep_none()
         mesh, acting = sharding.arrange(config.mesh, config.replay.batch_size)
         sequences = hosts.share(config.replay.batch_size, 'replay.batch_size')
         hosts.share(config.env.num_envs, 'env.num_envs')
@@ -256,7 +256,7 @@ class Trainer:
         self.counters['ticks'] += 1
         self.counters['steps'] += self._told.steps
         self.counters['frames'] = self.counters['steps'] * self._config.env.repeat
-        # The devices have their next work before the host looks at what they chose.
+        # Devices of one host have their next work before it looks at what they chose.
         self._learner.begin(self.counters['steps'], self._stopped)
         with self._timer.section('policy'):
             actions, latent = jax.device_get((actions, latent))

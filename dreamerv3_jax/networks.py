@@ -149,5 +149,6 @@ def make_networks(
 
 
 def compute_dtype(config: AgentConfig) -> jnp.dtype:
-    """Dtype of products and activations: unless set, bfloat16 on accelerators, float32 on CPU."""
-    return jnp.dtype(config.on(jax.default_backend()).compute_dtype)
+    """Dtype of products and activations; one that was not set is that of the first device."""
+    capability = str(getattr(jax.devices()[0], 'compute_capability', ''))
+    return jnp.dtype(config.on(jax.default_backend(), capability).compute_dtype)

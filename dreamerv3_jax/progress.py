@@ -96,7 +96,7 @@ class ProgressLine:
         """Prepares; nothing is written yet.
 
         Args:
-          total: steps at the end of the run.
+          total: frames at the end of the run.
           stream: standard output by default.
           interval: seconds between lines where the stream is not a terminal.
           clock: time in seconds.
@@ -126,7 +126,7 @@ class ProgressLine:
         """Takes note of where the run is, and draws if it is time to.
 
         Args:
-          steps: of all environments, so far.
+          steps: frames of all environments, so far.
           updates: so far.
           shares: from `Timer.shares`.
         """

@@ -347,11 +347,11 @@ def check_memory(
         return
     fitting = int(0.8 * free) // step  # the rest is for everything else
     fitting -= fitting % 10 ** max(len(str(fitting)) - 2, 0)
-    way = 'make room for it' if resumed else f'set --config.replay.capacity={fitting}'
+    less = f', of which it may take 80%; set --config.replay.capacity={fitting}'
     place, more = ('disk', '') if directory else ('memory', ', or set --config.replay.on_disk=True')
     raise UserError(
         f'A replay of {capacity:,} steps takes {step * capacity / 1e9:,.1f} GB of {place}, and '
-        f'{free / 1e9:,.1f} GB are free, of which it may take 80%; {way}{more}.'
+        f'{free / 1e9:,.1f} GB are free{"; make room for it" if resumed else less}{more}.'
     )
 
 

@@ -49,7 +49,7 @@ _MOST_DEVICES = 4
 
 
 def find_modules_here() -> None:
-    """Lets modules of the current folder be imported, behind all others, as `python -m` does."""
+    """Lets modules of the current folder be imported, as with `python -m`, but behind others."""
     with contextlib.suppress(FileNotFoundError):  # it was deleted
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())

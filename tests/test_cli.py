@@ -457,11 +457,16 @@ def test_evaluate_takes_settings_of_the_environment(evaluated, capsys, folder):
     command = ('evaluate', 'run', '--config.env.id=Pendulum-v1')
     assert 'run holds no run' in mistake(capsys, *command)
     config = presets.load_config('quickstart')
+    config.env.kwargs = {'max_episode_steps': 9}
     write('run/config.json', config.to_json())
     assert cli.main([*command, '--config.env.kwargs.g=9']) == 0
     capsys.readouterr()
     env = evaluated[0][1]['env']
     assert (env.id, env.kwargs.to_dict()) == ('Pendulum-v1', {'g': 9})
+    assert cli.main(['evaluate', 'run', '--config.env.repeat=2']) == 0
+    env = evaluated[1][1]['env']
+    assert (env.repeat, env.kwargs.to_dict()) == (2, {'max_episode_steps': 9})
+    capsys.readouterr()
     for option, words in (
         ('env.repeat=0', 'env.repeat must be at least 1'),
         ('env.repaet=2', 'did you mean config.env.repeat?'),

@@ -270,16 +270,24 @@ def test_folders_that_are_seen_late_are_shared(second_of_two, tmp_path, monkeypa
 def test_programs_are_kept_where_all_hosts_find_them(seen, second_of_two, tmp_path, monkeypatch):
     monkeypatch.setattr(startup, 'own_cache', True)
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
-    (tmp_path / 'mark').touch()
-    kept = {'jax_enable_compilation_cache': True}
-    monkeypatch.setattr(jax.config, 'update', kept.__setitem__)
-    second_of_two.extend([{'result': 'mark'}, seen])
-    hosts._share_programs_or_keep_none()
-    assert kept['jax_enable_compilation_cache'] == seen
-    (tmp_path / 'mark').unlink()
-    second_of_two.extend([{'result': 'mark'}, True])
-    hosts._share_programs_or_keep_none()
-    assert not kept['jax_enable_compilation_cache']
+    enabled = jax.config.jax_enable_compilation_cache
+    with tiny_runs.quick_compilation(tmp_path):
+        jax.jit(lambda x: x * 3)(2.0)  # as hosts have spoken before
+        before = {path.name for path in tmp_path.iterdir()}
+        assert before
+        (tmp_path / 'mark').touch()
+        second_of_two.extend([{'result': 'mark'}, seen])
+        try:
+            hosts.share_programs_or_keep_none()
+            (tmp_path / 'mark').unlink()
+            jax.jit(lambda x: x * 5 + 1)(2.0)
+            assert ({path.name for path in tmp_path.iterdir()} > before) == seen
+            # Nor are they kept where this host does not find the mark.
+            second_of_two.extend([{'result': 'mark'}, True])
+            hosts.share_programs_or_keep_none()
+            assert not jax.config.jax_enable_compilation_cache
+        finally:
+            jax.config.update('jax_enable_compilation_cache', enabled)
 
 
 def test_each_host_keeps_its_replay_and_others_go(monkeypatch, tmp_path):
@@ -398,7 +406,6 @@ def test_who_names_this_machine_is_not_heard_from_outside(coordinator, bound, mo
 @pytest.mark.parametrize('count', [1, 2])
 def test_no_server_is_left_where_one_host_is_found(count, monkeypatch):
     calls = []
-    monkeypatch.setattr(hosts, '_share_programs_or_keep_none', lambda: None)  # asks the others
     monkeypatch.setattr(hosts, '_started_together', lambda: True)
     monkeypatch.setattr(jax, 'process_count', lambda: count)
     for name in ('initialize', 'shutdown'):
