@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dreamerv3_jax import actions as action_lib
 from dreamerv3_jax import losses, normalization, returns, rssm
 from dreamerv3_jax.config import AgentConfig
-from dreamerv3_jax.networks import Networks, compute_dtype
+from dreamerv3_jax.networks import Networks
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.transforms import two_hot_bins, two_hot_mean
 from dreamerv3_jax.types import Array, Batch, Latent, Metrics, Params, ReturnPercentiles
@@ -49,11 +49,7 @@ def imagine_trajectories(
 ) -> Imagined:
     """Imagines H steps from each start state [N, ...] with sampled actions; consumes the key."""
     params, slow_critic, start = sg((params, slow_critic, start))
-    bins, dtype = two_hot_bins(config.bins), compute_dtype(config)
-    # Once for all steps: compilers for GPUs leave it where it is, inside the scan.
-    params, slow_critic = jax.tree.map(
-        lambda x: x.astype(dtype) if x.ndim > 1 else x, (params, slow_critic)
-    )
+    bins = two_hot_bins(config.bins)
 
     def score(latent: Latent) -> tuple[Array, Array]:
         state = (latent.deter, rssm.flat(latent.stoch))
