@@ -196,10 +196,7 @@ class Learner:
         counters['skipped'] += 1
         counters['skipped_in_a_row'] += 1
         losses = [name for name in metrics if name.startswith('loss/') and name != 'loss/total']
-        names = [name for name in losses if not np.isfinite(metrics[name])]
-        if not names:
-            finite = np.isfinite(metrics['optimizer/gradient_norm'])
-            names = ['the step of the optimizer' if finite else 'the gradient']
+        names = [name for name in losses if not np.isfinite(metrics[name])] or ['the gradient']
         what = f'{", ".join(names)} {"are" if len(names) > 1 else "is"} not finite'
         if counters['skipped_in_a_row'] >= MOST_SKIPPED:
             raise Failure(
