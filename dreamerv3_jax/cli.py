@@ -229,7 +229,7 @@ def _train(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     overrides, rest = split_overrides(arguments)
-    parser = Parser(name for name in settings.names() if name.startswith('env.'))
+    parser = _env_parser()
     parser.add_argument('folder', nargs='?', default='')
     parser.add_argument('--logdir', default='')
     parser.add_argument('--episodes', type=whole_number, default=20)
@@ -332,7 +332,7 @@ def _presets(arguments: list[str]) -> None:
 
 def _envs(arguments: list[str]) -> None:
     overrides, rest = split_overrides(arguments)
-    parser = Parser(name for name in settings.names() if name.startswith('env.'))
+    parser = _env_parser()
     parser.add_argument('id', nargs='?', default='')
     parser.add_argument('--video', type=Path)
     options = parser.parse(rest)
@@ -353,6 +353,10 @@ def _envs(arguments: list[str]) -> None:
     print('\n'.join(env_report.suites()))
     print('\nOther environments: any gymnasium id, module:Id-v0 or module:function.')
     print(f'Look at one with: {PROGRAM} envs Hover-v0')
+
+
+def _env_parser() -> Parser:
+    return Parser(name for name in settings.names() if name.startswith('env.'))
 
 
 def _change_env(

@@ -68,7 +68,7 @@ class Status(NamedTuple):
     total: int
     episodes: int
     score: float | None  # mean of the recent episodes
-    steps_per_second: float
+    frames_per_second: float
     updates_per_second: float
     shares: Mapping[str, float]  # of the wall time, by section
     seconds_left: float | None
@@ -190,7 +190,7 @@ class ProgressLine:
             total=self._total,
             episodes=self.episodes,
             score=sum(self._scores) / len(self._scores) if self._scores else None,
-            steps_per_second=rate,
+            frames_per_second=rate,
             updates_per_second=(updates - updates_then) / elapsed,
             shares=shares,
             seconds_left=left / max(rate, 1e-9) if rate and updates_then or not left else None,
@@ -272,7 +272,7 @@ def _segments(status: Status) -> dict[str, str]:
         'steps': f'{format_count(status.steps):>5}/{format_count(status.total)}',
         'episodes': f'{format_count(status.episodes):>5} ep',
         'score': f'score {format_score(status.score):>6}',
-        'rate': f'{format_count(status.steps_per_second):>5} frames/s',
+        'rate': f'{format_count(status.frames_per_second):>5} frames/s',
         'updates': f'{format_count(status.updates_per_second):>5} upd/s',
         'left': f'{format_duration(status.seconds_left)} left'.ljust(len('59m 59s left')),
         'shares': ' '.join(f'{name} {share:>3.0%}' for name, share in status.shares.items()),

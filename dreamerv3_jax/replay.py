@@ -378,7 +378,7 @@ def _allocate(
 
 
 def _available_disk(directory: Path) -> int:
-    existing = next(x for x in (directory, *directory.absolute().parents) if x.exists())
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     reused = sum(512 * getattr(path.stat(), 'st_blocks', 0) for path in directory.rglob('*.ring'))
     return shutil.disk_usage(existing).free + reused
 
