@@ -1,7 +1,7 @@
 """The agent as a library: networks, compiled policy and compiled update for given spaces."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import gymnasium
@@ -115,16 +115,19 @@ class Agent:
 
     def init(self, seed: int) -> TrainState:
         """Returns a fresh state, placed on the mesh."""
+        return self._create(np.uint32(seed))
 
-        def create(seed_: jax.Array) -> TrainState:
+    @functools.cached_property
+    def _create(self) -> Callable[[np.uint32], TrainState]:
+        def create(seed: jax.Array) -> TrainState:
             observation = {
                 name: jnp.zeros((1, *spec.shape), spec.dtype)
                 for name, spec in self.observation_specs.items()
             }
-            return init_train_state(self.networks, self._optimizer, observation, seed_)
+            return init_train_state(self.networks, self._optimizer, observation, seed)
 
-        shardings = sharding.state_sharding(self.mesh, jax.eval_shape(create, np.uint32(seed)))
-        return jax.jit(create, out_shardings=shardings)(np.uint32(seed))
+        shardings = sharding.state_sharding(self.mesh, jax.eval_shape(create, np.uint32(0)))
+        return jax.jit(create, out_shardings=shardings)
 
     def initial_policy_state(self, count: int) -> PolicyState:
         """State of `count` environments before the first observation, which must be `is_first`."""

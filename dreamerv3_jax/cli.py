@@ -58,7 +58,7 @@ settings that are often changed:
   --config.seed=0
   --config.run.steps=1e6        environment frames, action repeat included
   --config.replay.train_ratio=32
-                                replayed steps per step in the environment
+                                replayed steps per step of the agent
 
 examples:
   {PROGRAM} train --config=quickstart
@@ -114,7 +114,7 @@ settings that decide:
 
 examples:
   {PROGRAM} plan --topology=v5e:2x2 --config=gymnasium:size200m --config.mesh.fsdp=4
-  {PROGRAM} plan --topology=cpu:8 --config=crafter:size12m
+  {PROGRAM} plan --topology=cpu:8 --config=gymnasium:size12m
 """
 _PRESETS_HELP = f"""\
 usage: {PROGRAM} presets

@@ -347,5 +347,5 @@ def _times(
         + ', '.join(f'{name} {1e3 * part / EFFICIENCY:.3g}' for name, part in parts.items()),
         'assuming': f'{EFFICIENCY:.0%} of the published {chip.flops / 1e12:g} TFLOP/s, '
         f'{chip.bandwidth / 1e9:g} GB/s of memory, {chip.links / 1e9:g} GB/s to other chips',
-        'steps': f'{per_update / seconds:,.0f} environment steps per second keep it busy: {every}',
+        'steps': f'{per_update / seconds:,.0f} agent steps per second keep it busy: {every}',
     }

@@ -102,16 +102,18 @@ def wait(
     process: Any, folder: Path, moment: str, before: int | None, rng: np.random.Generator
 ) -> None:
     """Waits for the moment to kill."""
-    if moment == 'start' and before is not None:
-        time.sleep(rng.uniform(0, 10))
-        return
 
     def wait_for(condition: Any) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition() and process.poll() is None:
-            assert time.monotonic() < deadline, f'no checkpoint within {PATIENCE} seconds'
+            assert time.monotonic() < deadline, f'nothing to wait for within {PATIENCE} seconds'
             time.sleep(0.005)
 
+    if moment == 'start' and before is not None:
+        # Before it has the run it imports.
+        wait_for(lambda: f'process {process.pid} ' in (folder / 'lock').read_text())
+        time.sleep(rng.uniform(0, 5))
+        return
     wait_for(lambda: newest_complete(folder) not in (before, None))
     if moment == 'checkpoint':
         wait_for(lambda: any((folder / 'checkpoints').glob('*.orbax-checkpoint-tmp*')))

@@ -25,6 +25,15 @@ if importlib.metadata.version('jaxlib') == '0.10.2':
     flags = os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
 
+# Files in which many a test takes long, the longest first: begun last, they would leave one process
+# to work alone at the end.
+LONG = [
+    *('test_hosts', 'test_loop', 'test_contract', 'test_envs', 'test_notebook', 'test_suites_gym'),
+    *('test_damage', 'test_memory', 'test_resume', 'test_kill', 'test_sharding', 'test_cli'),
+    *('test_agent', 'test_update', 'test_suites_envpool', 'test_suites_dm_env', 'test_interrupts'),
+    *('test_corridor', 'test_benchmarks'),
+]
+
 # Where the tests run in the background it is ignored, also by the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,9 +49,8 @@ hypothesis.settings.load_profile('tests')
 
 
 def pytest_collection_modifyitems(items):
-    """Begins with files that take minutes, as nobody else is left to help with them at the end."""
-    long = ('test_hosts', 'test_resume', 'test_memory', 'test_kill', 'test_damage', 'test_notebook')
-    items.sort(key=lambda item: item.path.stem not in long)
+    """Begins with files that take minutes."""
+    items.sort(key=lambda item: (*LONG, item.path.stem).index(item.path.stem))
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -75,6 +75,7 @@ def assert_like(result, expected):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('name', SPACES)
 def test_policy_acts_in_the_space(name):
     agent, (observation_space, action_space) = make_agent(name), SPACES[name]
@@ -100,6 +101,7 @@ def test_policy_acts_in_the_space(name):
             assert action_space.contains(actions.convert(chosen, row))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('name', SPACES)
 def test_update_keeps_shapes_and_types(name):
     agent = make_agent(name)

@@ -171,7 +171,6 @@ def test_what_cannot_be_measured_is_refused_first(arguments, words):
     assert 'Traceback' not in result.stderr
 
 
-@pytest.mark.medium
 def test_products_whose_result_is_not_used_do_not_count():
     def step(total, x):
         x @ x
@@ -282,12 +281,13 @@ def test_the_page_on_speed_shows_what_was_measured():
 
 
 @pytest.mark.medium
-def test_overlap_measures_the_real_loop(monkeypatch):
+def test_overlap_measures_the_real_loop(monkeypatch, quick_compilation):
     from dreamerv3_jax import loop
     from experiments.benchmarks import overlap
 
     monkeypatch.setattr(loop, 'Agent', loop.Agent)  # which is put back
     monkeypatch.setattr(overlap, 'UPDATES', (0.1,))
+    monkeypatch.setattr(overlap, 'ENVIRONMENTS', 4)
     ((update, acting, environments, tick),) = overlap.run(ticks=6)
     assert update > 0.09 and environments > overlap.STEP and acting > 0
     assert tick > overlap.UPDATES[0] + acting / 2  # one after the other

@@ -88,6 +88,7 @@ def test_the_policy_always_has_the_newest_parameters(run):
     assert updates > 10
 
 
+@pytest.mark.medium
 def test_updates_build_on_one_another(run):
     state = of(run, 'init')[-1].result
     for call in of(run, 'update'):
@@ -95,6 +96,7 @@ def test_updates_build_on_one_another(run):
         state = call.result[0]
 
 
+@pytest.mark.medium
 def test_every_environment_keeps_its_state(run):
     policies = of(run, 'policy')
     for before, after in zip(policies, policies[1:], strict=False):
@@ -102,10 +104,12 @@ def test_every_environment_keeps_its_state(run):
     assert len(policies) == 30
 
 
+@pytest.mark.medium
 def test_every_call_of_the_policy_has_its_own_seed(run):
     assert len({call.arguments[4] for call in of(run, 'policy')}) == 30
 
 
+@pytest.mark.medium
 def test_actions_reach_the_environments_and_observations_the_policy(run):
     calls = of(run, 'policy', 'start', 'finish')
     assert [call.name for call in calls] == ['policy', 'start', 'finish'] * 30
@@ -116,6 +120,7 @@ def test_actions_reach_the_environments_and_observations_the_policy(run):
         equal(after.arguments[3], finish.result[0].is_first)
 
 
+@pytest.mark.medium
 def test_everything_but_acting_is_done_while_environments_step(run):
     """But for the first update of each step, which starts just before they do."""
     order = [call.name for call in of(run, 'policy', 'start', 'add', 'sample', 'update', 'finish')]
@@ -129,6 +134,7 @@ def test_everything_but_acting_is_done_while_environments_step(run):
     assert all(text.split('start')[0].count('update') <= 1 for text in between)
 
 
+@pytest.mark.medium
 def test_batches_are_what_was_sampled(run):
     *samples, ahead = of(run, 'sample')
     for sample, update in zip(samples, of(run, 'update'), strict=True):
@@ -140,6 +146,7 @@ def test_batches_are_what_was_sampled(run):
         equal(batch.action, {'action': drawn['action/action']})
 
 
+@pytest.mark.medium
 def test_latents_are_written_back_to_where_they_were_sampled(run):
     samples, updates, written = (of(run, name) for name in ('sample', 'update', 'update_latents'))
     del samples[-1]  # for the next update
@@ -159,6 +166,7 @@ def test_latents_are_written_back_to_where_they_were_sampled(run):
 # Evaluation.
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('sample', [False, True])
 def test_a_player_takes_the_most_probable_action_unless_told_otherwise(run, sample, monkeypatch):
     monkeypatch.setattr(evaluation, 'Agent', corridor.agent)

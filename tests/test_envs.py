@@ -539,7 +539,7 @@ FAILURES = {
 @pytest.mark.parametrize(
     ('vectorization', 'what'),
     [('sync', what) for what in FAILURES if what not in ('exit', 'hang')]
-    + [('async', what) for what in FAILURES if what != 'hang']
+    + [('async', what) for what in ('raise', 'nan reward', 'quit', 'exit')]
     + [pytest.param('async', 'hang', marks=pytest.mark.medium)],
 )
 def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what, tmp_path):
@@ -616,7 +616,7 @@ def test_exit_at_reset_does_not_cost_the_last_record():
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])
-def test_who_fails_again_and_again_is_given_up(vectorization, monkeypatch):
+def test_who_fails_again_and_again_is_given_up(vectorization):
     kwargs = {'length': 9, 'fail_at': 2}
     with make(vectorization=vectorization, kwargs=kwargs) as env:
         env.reset()
@@ -625,8 +625,11 @@ def test_who_fails_again_and_again_is_given_up(vectorization, monkeypatch):
         with pytest.raises(Failure, match=r'fell over .* It was started again 3 times before\.$'):
             env.step(ZEROS)
         assert env.pop_restarts() == 6
+
+
+def test_who_fails_after_many_steps_is_built_again_any_number_of_times(monkeypatch):
     monkeypatch.setattr(vector, 'ENOUGH_STEPS', 1)
-    with make(vectorization=vectorization, kwargs=kwargs) as env:
+    with make(kwargs={'length': 9, 'fail_at': 2}) as env:
         env.reset()
         for _ in range(10):
             env.step(ZEROS)
@@ -662,22 +665,22 @@ def test_one_bad_environment_of_sixteen_does_not_stop_the_others(what, monkeypat
 
 
 @pytest.mark.medium
-def test_one_killed_worker_of_sixteen_does_not_stop_the_others():
-    with make(num_envs=16) as env:
+def test_a_killed_worker_does_not_stop_the_others():
+    with make(num_envs=4) as env:
         expected = observed(env, 6)
-    with make(num_envs=16, vectorization='async') as env:
+    with make(num_envs=4, vectorization='async') as env:
         kills = iter([False, False, True, False, False, False])
 
         def kill():
             if next(kills):
-                os.kill(env._workers[5].pid, signal.SIGKILL)
+                os.kill(env._workers[1].pid, signal.SIGKILL)
 
         found = observed(env, 6, kill)
         assert env.pop_restarts() == 1 and 'exit code -9' in env.messages[0]
-    others = np.arange(16) != 5
+    others = np.arange(4) != 1
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one[:, others], other[:, others])
-    assert found[0][3, 5].tolist() == [1, 0] and found[1][3, 5]
+    assert found[0][3, 1].tolist() == [1, 0] and found[1][3, 1]
 
 
 def test_killed_workers():
@@ -751,7 +754,7 @@ def test_an_environment_that_cannot_even_be_closed(monkeypatch):
 
 @pytest.mark.parametrize(
     ('env_id', 'vectorization'),
-    [('Unclosable', 'auto'), ('Unclosable', 'async'), ('ToyUnclosable-v0', 'native')],
+    [('Unclosable', 'auto'), ('ToyUnclosable-v0', 'native')],
 )
 def test_environments_that_cannot_be_closed_end_all_the_same(env_id, vectorization, capfd):
     env_id = env_id if vectorization == 'native' else f'toy_envs:{env_id}'

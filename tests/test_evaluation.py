@@ -39,9 +39,12 @@ def make_run(folder, **changes):
     return folder
 
 
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path / 'run', env__num_envs=3)
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, quick_compilation):
+    """One that is only read."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_runs.share_agents(patch)
+        return make_run(tmp_path_factory.mktemp('evaluation') / 'run', env__num_envs=3)
 
 
 def lengths_of(run, seed, quota):

@@ -144,7 +144,7 @@ with hosts.together():  # as orbax waits for the others to begin or end a checkp
 def test_a_host_ends_with_a_sentence_where_jax_would_abort_it(quick_compilation):
     """The first host is lost, which jax notices, while another waits for it in a barrier."""
     port = free_port()
-    with started(lambda index: ['-c', WAIT, str(index), '3', str(port)], 3, quick_compilation) as x:
+    with started(lambda index: ['-c', WAIT, str(index), '2', str(port)], 2, quick_compilation) as x:
         first, *others = ended(x)
     assert first[2] == -signal.SIGKILL, first
     for _, err, code in others:
@@ -367,6 +367,7 @@ def test_a_port_that_is_taken_is_refused():
             hosts.connect(settings)
 
 
+@pytest.mark.medium
 def test_hosts_that_are_not_there(tmp_path):
     """JAX ends the process itself, with the trace of a stack."""
     script = 'import sys; from dreamerv3_jax import cli, hosts; hosts._PATIENCE = 0.5\n'

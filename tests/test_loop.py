@@ -320,13 +320,29 @@ def test_compiles_once(tmp_path, monkeypatch, fresh_agents):
 @pytest.mark.usefixtures('shared_agents')
 def test_devices_with_a_queue_do_the_same(tmp_path):
     """Accelerators are given the next update before the one whose parameters act is awaited."""
-    found = []
+    found, update, wait = [], Agent.update, jax.block_until_ready
     for queues in (False, True):
-        with Trainer(counter_config(), tmp_path / str(queues), 'tiny') as trainer:
-            trainer._learner._queues = queues
+        made, ahead = [], []  # metrics of updates; how many were started after one that is awaited
+
+        def noted_update(*arguments, made=made):
+            result = update(*arguments)
+            made.append(result[2])
+            return result
+
+        def noted_wait(awaited, made=made, ahead=ahead):
+            ahead.extend(len(made) - 1 - k for k, metrics in enumerate(made) if metrics is awaited)
+            return wait(awaited)
+
+        with (
+            Trainer(counter_config(), tmp_path / str(queues), 'tiny') as trainer,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            agent, trainer._learner._queues = trainer._agent, queues
+            patch.setattr(agent, 'update', functools.partial(noted_update, agent))
+            patch.setattr(jax, 'block_until_ready', noted_wait)
             for _ in range(30):
                 trainer.tick()
-            assert trainer.counters['updates'] > 5
+            assert len(made) > 5 and set(ahead) == ({1} if queues else set())
             trainer._learner.finish()
             found.append((jax.device_get(trainer._learner.state.params), stored(trainer)))
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -401,6 +417,7 @@ def test_replay_on_disk_is_the_same(tmp_path):
         config = counter_config(replay__on_disk=on_disk)
         with tiny_runs.ticked(config, tmp_path / name, 6) as trainer:
             found.append(stored(trainer))
+        assert any((tmp_path / name).rglob('deter*.ring')) == on_disk
     for name, value in found[0].items():
         np.testing.assert_array_equal(value, found[1][name])
 
@@ -441,7 +458,7 @@ def test_a_run_without_checkpoint_starts_anew(tmp_path):
     with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
         trainer.log()
     assert tiny_runs.read_metrics(tmp_path)[0]['step'] > 0
-    with Trainer(counter_config(agent__units=16), tmp_path, 'tiny') as trainer:
+    with Trainer(counter_config(seed=1), tmp_path, 'tiny') as trainer:
         assert tiny_runs.read_metrics(tmp_path) == [] and trainer.counters['ticks'] == 0
 
 
@@ -488,11 +505,12 @@ def test_too_little_memory_names_smaller_sizes(tmp_path, monkeypatch):
         loop.train(counter_config(), tmp_path, 'tiny')
 
 
-def test_save_before_the_first_step(tmp_path):
+def test_save_before_the_first_step(tmp_path, capsys):
     with tiny_runs.ticked(counter_config(), tmp_path, 0) as trainer:
         trainer.save()
     with Trainer(counter_config(), tmp_path, 'tiny') as trainer:
         assert trainer.counters['ticks'] == 0
+    assert 'Going on at 0 frames' in capsys.readouterr().out
 
 
 def test_every_start_plays_other_episodes(tmp_path):

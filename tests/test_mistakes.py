@@ -66,6 +66,7 @@ def nonzero(tree):
     return any(np.any(x) for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('loss', TRAINED)
 def test_each_loss_trains_its_networks(loss):
     params, _, _ = tiny.gradients(loss)

@@ -183,7 +183,7 @@ def test_rows_by_hand():
     assert rows['time'].startswith('32 ms, estimated, ')
     assert 'products 20, parameters and optimiser 4, exchanges 8' in rows['time']
     # One update every 16 * 64 / 256 = 4 steps, and 31.25 updates a second.
-    assert rows['steps'].startswith('125 environment steps per second')
+    assert rows['steps'].startswith('125 agent steps per second')
     assert '50% of the published 197 TFLOP/s, 819 GB/s' in rows['assuming']
     rows = plan._after(config, FIGURES, topology.parse('cpu:4'))
     assert rows['time'] == 'not estimated, as CPUs have no published peak'
@@ -353,7 +353,7 @@ def test_a_plan_for_a_tpu():
     command = [sys.executable, '-m', 'dreamerv3_jax', 'plan', '--topology=v5e:2x2', *overrides]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for words in ('fits         yes: ', 'all-reduce', 'environment steps per second keep it busy'):
+    for words in ('fits         yes: ', 'all-reduce', 'agent steps per second keep it busy'):
         assert words in result.stdout
 
 

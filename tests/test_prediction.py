@@ -111,6 +111,7 @@ def test_pictures_of_all_images():
         assert images.prediction.std() > 5
 
 
+@pytest.mark.medium
 def test_the_first_steps_are_reconstructions():
     """Those of the states that the update infers from all observations."""
     agent, all_params, steps = make_agent(), params(), batch()
@@ -142,6 +143,7 @@ def test_the_first_steps_are_reconstructions():
         assert (error[OBSERVED:] > 0.51).all(), error
 
 
+@pytest.mark.medium
 def test_what_the_prediction_depends_on():
     """On what was observed and on the actions before a step, not on what is seen later."""
     steps = batch()
@@ -170,6 +172,7 @@ def test_what_the_prediction_depends_on():
     assert found[:, :OBSERVED].all() and found[0].all() and not found[1:, OBSERVED:].any()
 
 
+@pytest.mark.medium
 def test_agent_compiles_once():
     agent = make_agent()
     for seed in (0, 1):

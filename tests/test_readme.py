@@ -157,7 +157,7 @@ def test_links():
 
 def test_reliability_names_its_tests():
     text = (ROOT / 'docs/reliability.md').read_text()
-    named = re.findall(r'(test_\w+\.py)(?: -k (?:"([^"]+)"|(\w+)))?', text)
+    named = re.findall(r'(test_\w+\.py)(?: -m slow)?(?: -k (?:"([^"]+)"|(\w+)))?', text)
     assert len(named) > 15
     for file, words, word in named:
         source = (ROOT / 'tests' / file).read_text()

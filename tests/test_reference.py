@@ -126,6 +126,7 @@ def computed(agent):
     return total, *auxiliary, grads
 
 
+@pytest.mark.medium
 def test_agent_latents(agent, computed):
     stored = computed[2]
     close(stored.deter, agent['deter'], 1e-4)
@@ -146,6 +147,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('name', LOSSES)
 def test_agent_losses(agent, computed, name):
     loss = computed[1][LOSSES[name]]
@@ -154,10 +156,12 @@ def test_agent_losses(agent, computed, name):
     close(loss, agent[f'loss:{name}'], 1e-4)
 
 
+@pytest.mark.medium
 def test_agent_total(agent, computed):
     close(computed[0], agent['total'], 1e-4)
 
 
+@pytest.mark.medium
 def test_agent_metrics(agent, computed):
     metrics = computed[4]
     names = {
@@ -171,6 +175,7 @@ def test_agent_metrics(agent, computed):
         close(metrics[ours], agent[f'metric:{theirs}'], 1e-4)
 
 
+@pytest.mark.medium
 def test_agent_gradients(agent, computed):
     grads, count = computed[-1], 0
     for name, expected in agent.items():

@@ -5,6 +5,7 @@ import json
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import stateful
 
 from dreamerv3_jax.replay import Replay
@@ -159,7 +160,7 @@ class ReplayMachine(stateful.RuleBasedStateMachine):
         }
 
 
-TestAgainstLists = ReplayMachine.TestCase
+TestAgainstLists = pytest.mark.medium(ReplayMachine.TestCase)
 TestAgainstLists.settings = hypothesis.settings(
     max_examples=100, stateful_step_count=40, deadline=None
 )

@@ -127,7 +127,7 @@ def test_a_signal_amid_updates_changes_nothing(tmp_path):
 @pytest.mark.medium
 def test_going_on_twice_is_the_same(tmp_path):
     """Also where episodes begin at random: the seed of a start comes from what was saved."""
-    config = tiny_runs.run_config('Pendulum-v1')
+    config = tiny_runs.run_config('toy_envs:Counter')
     with tiny_runs.ticked(config, tmp_path / 'one', 20) as trainer:
         trainer.save()
     shutil.copytree(tmp_path / 'one', tmp_path / 'other')

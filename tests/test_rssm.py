@@ -206,6 +206,7 @@ def test_batched_gradients_by_hand():
     assert [x.tolist() for x in gradients] == [7, [9], [[3], [1]]]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 def test_batched_gradients_are_those_of_a_scan(platform, monkeypatch):
     """Of every parameter, state and input, whatever the weights of states and outputs."""

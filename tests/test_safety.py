@@ -2,6 +2,7 @@
 
 import ast
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,20 @@ def test_nothing_serves():
         assert found <= ({'jax.distributed.initialize'} if path.name == 'hosts.py' else set()), path
 
 
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory, quick_compilation):
+    folder = tmp_path_factory.mktemp('stopped') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_runs.share_agents(patch)
+        with tiny_runs.ticked(tiny_runs.run_config(COUNTER), folder, 20) as trainer:
+            trainer.save()
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path):
+def run(stopped, tmp_path):
     """The folder of a run with a replay, stopped after some updates."""
-    with tiny_runs.ticked(tiny_runs.run_config(COUNTER), tmp_path / 'run', 20) as trainer:
-        trainer.save()
-    return tmp_path / 'run'
+    return shutil.copytree(stopped, tmp_path / 'run')
 
 
 def test_runs_are_loaded_without_pickle(run, monkeypatch):

@@ -20,6 +20,7 @@ class TestBehaviourSuite:
     def package(self):
         pytest.importorskip('bsuite')
 
+    @pytest.mark.medium
     def test_every_family_runs(self, mnist):
         from bsuite import sweep
 

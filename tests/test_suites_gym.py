@@ -127,6 +127,7 @@ class TestPopgym:
             assert steps == 67  # of 200
             assert not records.is_terminal[0]
 
+    @pytest.mark.medium
     def test_every_environment(self):
         from popgym.envs import ALL
 
@@ -231,6 +232,7 @@ class TestMetaworld:
                 records, _ = env.step({'action': action})
             assert env.pop_logs()['success'] == skilled
 
+    @pytest.mark.medium
     def test_every_task(self):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
@@ -277,6 +279,7 @@ class TestRobotics:
             assert not records.is_terminal[0]
             assert env.pop_logs()['success'] == skilled
 
+    @pytest.mark.medium
     @pytest.mark.parametrize(
         'name', ['HandReach-v3', 'AntMaze_UMaze-v5', 'AdroitHandDoor-v1', 'FrankaKitchen-v1']
     )

@@ -19,7 +19,7 @@ B, T, H = tiny.SEQUENCES, tiny.STEPS, tiny.CONFIG.imagination_length
 EQUAL_SCALES = dict.fromkeys(tiny.LOSSES, 1.0)
 
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = [pytest.mark.usefixtures('quick_compilation'), pytest.mark.medium]
 
 
 def run(batch=None, percentiles=None, **params):

@@ -186,6 +186,7 @@ def test_all_losses_are_spoilt_below():
     assert LOSSES == sorted(loss_scales(corridor.OBSERVATION_SPECS, corridor.AGENT_CONFIG))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize('number', range(len(LOSSES) + 1))
 def test_an_update_that_is_not_finite_changes_nothing(number, fragile):
     start, _, metrics = fragile.update(fragile.init(0), fragile_batch(-1))

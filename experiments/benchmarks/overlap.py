@@ -120,7 +120,7 @@ def run(ticks: int) -> list[tuple[float, ...]]:
 
     config = load_config('gymnasium:size1m')
     config.env.update(id=f'{NAME}:slow_environment', num_envs=ENVIRONMENTS, vectorization='async')
-    config.replay.update(capacity=20_000, train_ratio=64.0)  # one update for each tick
+    config.replay.update(capacity=20_000, train_ratio=1024 / ENVIRONMENTS)  # one update a tick
     config.mesh.data = 1
     seconds, rows = [0.0], []
     loop.Agent = make_agent_class(seconds)
