@@ -51,12 +51,13 @@ class Agent:
           observation_specs: arrays of an observation by name.
           action_specs: arrays of an action by name.
           config: settings, or a mapping of them such as the `agent` part of a preset.
-          mesh: devices of the update; by default the first device alone.
+          mesh: devices of the update; by default the first device of this process alone.
           acting: another device, for the policy; by default one of the update's.
         """
         self.observation_specs = dict(sorted(observation_specs.items()))
         self.action_specs = dict(sorted(action_specs.items()))
-        self.mesh, self.acting = mesh or sharding.make_mesh(data=1), acting
+        own = jax.local_devices()[:1]
+        self.mesh, self.acting = mesh or sharding.make_mesh(data=1, devices=own), acting
         device = self.mesh.devices.flat[0]
         if not isinstance(config, AgentConfig):
             config = AgentConfig.from_mapping(config)
@@ -243,7 +244,8 @@ class Agent:
     def send(self, batch: Batch) -> Batch:
         """Starts to place a batch on the devices, for `update`. Where there are many hosts, each
         has an equal part of the sequences."""
-        size = batch.reward.shape[0] * jax.process_count()
+        processes = {device.process_index for device in self.mesh.devices.flat}
+        size = batch.reward.shape[0] * len(processes)
         return sharding.send(batch, sharding.batch_sharding(self.mesh, size))
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, StoredLatent, Metrics]:

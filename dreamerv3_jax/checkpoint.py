@@ -215,7 +215,8 @@ class Checkpointer:
             try:
                 folder = self._folder / str(step)
                 damage = hosts.first(functools.partial(_damage, folder, with_replay))
-                if damage:
+                # Told before orbax makes all hosts wait: to fail amid that mixes up what they say.
+                if damage := damage or next(filter(None, hosts.gather(_unreadable(folder))), ''):
                     raise ValueError(damage)
                 with _silence():
                     saved = self._read(step, abstract, with_replay)
@@ -304,6 +305,22 @@ def _damage(folder: Path, with_replay: bool) -> str:
                 return _one_line(error)
             if found != expected:
                 return f'{name} is not as it was written.'
+    return ''
+
+
+def _unreadable(folder: Path) -> str:
+    """Says what this host, of several, cannot read of a checkpoint in which the first one can."""
+    if hosts.count() == 1:
+        return ''
+    paths = hosts.first(
+        lambda: [str(x.relative_to(folder)) for x in folder.rglob('*') if x.is_file()]
+    )
+    try:
+        for path in paths:
+            with (folder / path).open('rb') as file:
+                file.read(1)
+    except OSError as error:
+        return _one_line(error)
     return ''
 
 

@@ -37,6 +37,8 @@ _LOST = re.compile(
     'gloo|nccl|peer|socket|coordination|heartbeat|barrier|unavailable|deadline_exceeded|aborted',
     re.IGNORECASE,
 )
+_GONE = 'Another host is gone'
+_AGAIN = '; give the same command on all hosts, or on others, to go on from the last checkpoint.'
 _all_know: list[BaseException] = []  # errors with which all hosts end
 
 
@@ -79,6 +81,11 @@ def connect(settings: ml_collections.ConfigDict) -> None:
             if jax.process_count() == 1:  # with whom nobody need speak
                 jax.distributed.shutdown()
     except Exception as error:
+        if 'Unable to initialize backend' in str(error):  # the hosts are there
+            raise UserError(
+                f'A device cannot be used ({_one_line(error)}); let no other process hold it, and '
+                'each task of SLURM see all GPUs of its node (--gpus-per-node).'
+            ) from error
         raise UserError(_not_found(_one_line(error))) from error
     finally:
         watch.cancel()
@@ -133,16 +140,12 @@ def _give_up() -> None:
 def _aborted(_: int) -> None:
     """Runs in the thread of jax that would end the process."""
     time.sleep(2 * _LAST_WORDS)  # in which `_leave` ends it, if the other host is missed in Python
-    reason = 'JAX ended this process for the reason above'
-    print(f'dreamerv3-jax: {_gone(reason)}', file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def _gone(reason: str) -> str:
-    return (
-        f'Another host is gone ({reason}); give the same command on all hosts, or on others, to '
-        'go on from the last checkpoint.'
+    # Where `sys.stderr` was replaced to hide what orbax prints, this is to be read all the same.
+    os.write(
+        2,
+        f'dreamerv3-jax: {_GONE}, or this process failed, for the reason above{_AGAIN}\n'.encode(),
     )
+    os._exit(1)
 
 
 def _not_found(reason: str) -> str:
@@ -280,7 +283,7 @@ def _leave(error: BaseException) -> None:
     elif not isinstance(error, UserError):
         text = ''
         if lost(error):
-            text = _gone(_one_line(error))
+            text = f'{_GONE} ({_one_line(error)}){_AGAIN}'
         else:
             traceback.print_exception(error)
     if text:

@@ -100,8 +100,8 @@ class Trainer:
         specs, capacity = steps.replay_specs(self._agent), config.replay.capacity // hosts.count()
         folder = logdir / 'replay' if config.replay.on_disk else None
         nodes = hosts.gather(platform.node())
-        sharing = hosts.count() if folder else nodes.count(platform.node())  # its disk, or memory
-        check_memory(specs, capacity * sharing, folder, resumed=resumed is not None)
+        share = 1.0 if folder else nodes.count(platform.node()) / len(nodes)  # of disk, or memory
+        check_memory(specs, config.replay.capacity, folder, share, resumed=resumed is not None)
         sharding.batch_sharding(mesh, config.replay.batch_size)
         hosts.first(self._create_folder)
         run_folder.check_shared(logdir)

@@ -15,7 +15,7 @@ from dreamerv3_jax import envs, flops, policy, program, sharding, summary
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.replay import available_memory
+from dreamerv3_jax.free_space import available_memory
 from dreamerv3_jax.settings import override
 from dreamerv3_jax.spaces import ArraySpec
 from dreamerv3_jax.topology import CHIPS, Topology

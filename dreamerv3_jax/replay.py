@@ -9,7 +9,6 @@ either still names the same record or is known to be overwritten.
 import itertools
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.free_space import available_disk, available_memory
 
 Specs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -328,30 +328,37 @@ def bytes_per_step(specs: Specs) -> int:
 
 
 def check_memory(
-    specs: Specs, capacity: int, directory: Path | None = None, *, resumed: bool = False
+    specs: Specs,
+    capacity: int,
+    directory: Path | None = None,
+    share: float = 1.0,
+    *,
+    resumed: bool = False,
 ) -> None:
     """Refuses a replay that would outgrow the machine, which shows only hours into a run.
 
     Args:
       specs: as for `Replay`.
-      capacity: number of records.
+      capacity: number of records, of all hosts.
       directory: where the files of all hosts will be; `None` for RAM.
+      share: of the records, that are on this machine.
       resumed: whether it was accepted before, and cannot get smaller.
 
     Raises:
       UserError: with what helps.
     """
-    step = bytes_per_step(specs)
-    free = available_memory() if directory is None else _available_disk(directory)
+    step = share * bytes_per_step(specs)
+    free = available_memory() if directory is None else available_disk(directory)
     if free is None or step * capacity <= (free if resumed else 0.8 * free):
         return
-    fitting = int(0.8 * free) // step  # the rest is for everything else
+    fitting = int(0.8 * free / step)  # the rest is for everything else
     fitting -= fitting % 10 ** max(len(str(fitting)) - 2, 0)
     less = f', of which it may take 80%; set --config.replay.capacity={fitting}'
     place, more = ('disk', '') if directory else ('memory', ', or set --config.replay.on_disk=True')
+    each = f' on each of {1 / share:g} machines' if share < 1 else ''
     raise UserError(
-        f'A replay of {capacity:,} steps takes {step * capacity / 1e9:,.1f} GB of {place}, and '
-        f'{free / 1e9:,.1f} GB are free{"; make room for it" if resumed else less}{more}.'
+        f'A replay of {capacity:,} steps takes {step * capacity / 1e9:,.1f} GB of {place}{each}, '
+        f'and {free / 1e9:,.1f} GB are free{"; make room for it" if resumed else less}{more}.'
     )
 
 
@@ -375,26 +382,3 @@ def _allocate(
                 'smaller --config.replay.capacity.'
             ) from error
     return np.asarray(ring)
-
-
-def _available_disk(directory: Path) -> int:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    reused = sum(512 * getattr(path.stat(), 'st_blocks', 0) for path in directory.rglob('*.ring'))
-    return shutil.disk_usage(existing).free + reused
-
-
-def available_memory() -> int | None:
-    """Returns the free memory in bytes, or `None` where the system does not say."""
-    limits = []
-    try:
-        lines = Path('/proc/meminfo').read_text().splitlines()
-        limits = [1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable:')]
-        limits.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))  # of a container
-    except (OSError, ValueError):
-        pass  # not Linux, or a container without limit
-    if not limits:
-        try:
-            limits = [os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')]
-        except (AttributeError, OSError, ValueError):
-            return None
-    return min(limits)

@@ -171,6 +171,12 @@ def check_hosts(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: with the first difference.
     """
+    if hosts.count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f'JAX takes the devices of {hosts.count()} hosts together here; leave out '
+            '--config.hosts.count=1, or name the chips of each host by TPU_VISIBLE_CHIPS and '
+            'TPU_PROCESS_BOUNDS.'
+        )
     numbers = collections.Counter(device.process_index for device in jax.devices()).values()
     if len(set(numbers)) > 1:  # jax could not exchange anything
         raise hosts.agreed(

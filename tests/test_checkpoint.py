@@ -210,11 +210,22 @@ def test_an_unchecked_checkpoint_that_is_damaged_is_no_traceback(part, folder, c
     assert 'is damaged and was passed over' in caplog.records[0].getMessage()
 
 
-def test_what_another_host_cannot_read_is_passed_over(folder, caplog, monkeypatch):
-    problems = ['Input/output error', '']
+@pytest.mark.parametrize('before', [0, 1])  # before all read it, or while they do
+def test_what_another_host_cannot_read_is_passed_over(before, folder, caplog, monkeypatch):
+    problems = ['', '', '', '']
+    problems[before] = 'Input/output error'
     monkeypatch.setattr(checkpoint.hosts, 'gather', lambda own: [own, problems.pop(0)])
     assert read(folder).counters['ticks'] == 10 and not problems
     assert 'passed over: Input/output error' in caplog.records[0].getMessage()
+
+
+def test_a_host_that_cannot_open_a_file_says_so(folder, monkeypatch):
+    assert checkpoint._unreadable(folder / '20') == ''
+    monkeypatch.setattr(checkpoint.hosts, 'count', lambda: 2)
+    monkeypatch.setattr(checkpoint.hosts, 'first', lambda function: function())
+    assert checkpoint._unreadable(folder / '20') == ''
+    monkeypatch.setattr(checkpoint.hosts, 'first', lambda function: [*function(), 'state/more'])
+    assert 'No such file' in checkpoint._unreadable(folder / '20')
 
 
 @pytest.mark.parametrize(('then', 'now'), [('replay/', 'rerlay/'), ('[', ''), ('1', '2')])

@@ -116,7 +116,7 @@ def test_a_lost_host_ends_the_others(counts, tmp_path, quick_compilation):
         for out, err, code in others:
             assert code == 1, out + err
             *more, sentence = err.splitlines()
-            assert sentence.startswith('dreamerv3-jax: Another host is gone ('), err
+            assert sentence.startswith('dreamerv3-jax: Another host is gone'), err
             # JAX speaks above where it notices first: always to one that is no neighbour of the
             # lost one, and at a checkpoint, whose checksums are missing then.
             known = ('was taken unchecked', 'JAX distributed service')
@@ -129,13 +129,13 @@ WAIT = """
 import os, pathlib, sys
 from jax._src import distributed
 import host
-from dreamerv3_jax import hosts
+from dreamerv3_jax import checkpoint, hosts
 index, count, port = map(int, sys.argv[1:])
 hosts.connect(host.config(index, count, port, pathlib.Path()).hosts)
 hosts.gather(0)
 if index == 0:
     os.kill(os.getpid(), 9)
-with hosts.together():  # as orbax waits for the others to begin or end a checkpoint
+with hosts.together(), checkpoint._silence():  # as orbax waits for others about a checkpoint
     distributed.global_state.client.wait_at_barrier('checkpoint', 100_000)
 """
 
@@ -150,7 +150,7 @@ def test_a_host_ends_with_a_sentence_where_jax_would_abort_it(quick_compilation)
     for _, err, code in others:
         assert code == 1, err
         last = err.splitlines()[-1]
-        assert last.startswith('dreamerv3-jax: Another host is gone ('), err
+        assert last.startswith('dreamerv3-jax: Another host is gone, or this process'), err
         assert last.endswith('to go on from the last checkpoint.')
 
 
@@ -354,6 +354,24 @@ def test_hosts_that_cannot_be_found(monkeypatch):
         hosts.connect(settings)
     settings.update(coordinator='', count=1)
     hosts.connect(settings)
+
+
+def test_a_device_that_cannot_be_used_is_no_missing_host(monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("Unable to initialize backend 'cuda': INVALID_ARGUMENT: device 1")
+
+    monkeypatch.setattr(jax.distributed, 'initialize', refuse)
+    settings = base.get_config('nano').hosts
+    settings.update(coordinator='10.0.0.1:1234', count=2)
+    with pytest.raises(UserError, match='A device cannot be used .* device 1.; .*--gpus-per-node'):
+        hosts.connect(settings)
+
+
+def test_devices_that_jax_takes_together_are_not_taken_apart(monkeypatch):
+    """Hosts of a slice that are told to train by themselves would wait for each other for good."""
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(UserError, match='the devices of 2 hosts together here; leave out --config'):
+        run_folder.check_hosts(base.get_config('nano'))
 
 
 def test_a_port_that_is_taken_is_refused():

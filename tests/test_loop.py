@@ -174,11 +174,11 @@ class Spy:
                         self.latents[name][first + 1 + step][stream] = value[row, step]
 
 
-@pytest.mark.parametrize(('nodes', 'on_disk', 'parts'), [
-    (['here', 'here', 'there'], False, 2), (['here', 'here', 'there'], True, 1),
+@pytest.mark.parametrize(('nodes', 'on_disk', 'share'), [
+    (['here', 'here', 'there'], False, 2 / 3), (['here', 'here', 'there'], True, 1),
 ])  # fmt: skip
 def test_hosts_need_memory_of_their_machine_and_one_disk(
-    nodes, on_disk, parts, tmp_path, monkeypatch
+    nodes, on_disk, share, tmp_path, monkeypatch
 ):
     checked, config = [], counter_config(replay__on_disk=on_disk)
     monkeypatch.setattr(
@@ -192,8 +192,7 @@ def test_hosts_need_memory_of_their_machine_and_one_disk(
     for resumed in (False, True):
         with Trainer(config, tmp_path / 'run', 'tiny') as trainer:
             trainer.save()
-        # The disk is that of as many hosts as there are, which is one here.
-        assert checked.pop() == (parts * config.replay.capacity, folder, resumed)
+        assert checked.pop() == (config.replay.capacity, folder, share, resumed)
 
 
 def test_a_host_that_fails_tells_the_others(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tests of what bounds the replay: the memory of the machine and the train ratio."""
 
 import json
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dreamerv3_jax import free_space
 from dreamerv3_jax import replay as replay_module
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.replay import Replay, bytes_per_step, check_memory
@@ -63,6 +65,13 @@ def test_a_replay_that_was_accepted_before_may_take_all(monkeypatch):
         check_memory(SPECS, 10_001, resumed=True)
 
 
+def test_check_memory_of_several_machines_names_a_capacity_of_all(monkeypatch):
+    monkeypatch.setattr(replay_module, 'available_memory', lambda: 37 * 10_000)
+    check_memory(SPECS, 16_000, share=0.5)
+    with pytest.raises(UserError, match='16,001 steps .* on each of 2 machines, .*=16000, or'):
+        check_memory(SPECS, 16_001, share=0.5)
+
+
 def test_check_memory_passes_where_the_system_does_not_say(monkeypatch):
     monkeypatch.setattr(replay_module, 'available_memory', lambda: None)
     check_memory(SPECS, 10**15)
@@ -98,13 +107,36 @@ def test_space_of_files_to_overwrite_counts_as_free(tmp_path, monkeypatch):
         (
             {
                 '/proc/meminfo': 'MemAvailable: 7 kB\n',
+                '/proc/self/cgroup': '0::/\n',
                 '/sys/fs/cgroup/memory.max': '4096\n',
             },
             4096,
         ),
         (
-            {'/proc/meminfo': 'MemAvailable: 7 kB\n', '/sys/fs/cgroup/memory.max': 'max\n'},
+            {
+                '/proc/meminfo': 'MemAvailable: 7 kB\n',
+                '/proc/self/cgroup': '0::/\n',
+                '/sys/fs/cgroup/memory.max': 'max\n',
+            },
             7 * 1024,
+        ),
+        (  # a job of SLURM; the limit is that of a group above
+            {
+                '/proc/meminfo': 'MemAvailable: 7 kB\n',
+                '/proc/self/cgroup': '0::/slurm/job_7/task_0\n',
+                '/sys/fs/cgroup/slurm/job_7/memory.max': '5000\n',
+                '/sys/fs/cgroup/slurm/job_7/task_0/memory.max': 'max\n',
+            },
+            5000,
+        ),
+        (  # version 1
+            {
+                '/proc/meminfo': 'MemAvailable: 7 kB\n',
+                '/proc/self/cgroup': '9:cpu,cpuacct:/a\n4:memory:/a:b\n0::/\n',
+                '/sys/fs/cgroup/memory/a:b/memory.limit_in_bytes': '6000\n',
+                '/sys/fs/cgroup/memory/memory.limit_in_bytes': f'{2**63 - 4096}\n',
+            },
+            6000,
         ),
         ({}, 3 * 50),
     ],
@@ -118,8 +150,8 @@ def test_available_memory(files, expected, monkeypatch):
     system = {'SC_PHYS_PAGES': 3, 'SC_PAGE_SIZE': 50}
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'read_text', read_text)
-        patch.setattr(replay_module.os, 'sysconf', system.__getitem__)
-        available = replay_module.available_memory()
+        patch.setattr(os, 'sysconf', system.__getitem__)
+        available = free_space.available_memory()
     assert available == expected
 
 
