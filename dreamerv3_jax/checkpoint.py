@@ -293,6 +293,8 @@ def _damage(folder: Path, with_replay: bool) -> str:
         return ''
     try:
         sums, own = json.loads(path.read_text())
+    except OSError as error:
+        return _one_line(error)
     except ValueError:
         sums = own = None
     if own != _checksum_of(sums):
@@ -312,13 +314,12 @@ def _unreadable(folder: Path) -> str:
     """Says what this host, of several, cannot read of a checkpoint in which the first one can."""
     if hosts.count() == 1:
         return ''
-    paths = hosts.first(
-        lambda: [str(x.relative_to(folder)) for x in folder.rglob('*') if x.is_file()]
-    )
+    paths = hosts.first(lambda: [str(path.relative_to(folder)) for path in folder.rglob('*')])
     try:
-        for path in paths:
-            with (folder / path).open('rb') as file:
-                file.read(1)
+        for path in map(folder.joinpath, paths):
+            if not path.is_dir():
+                with path.open('rb') as file:
+                    file.read(1)
     except OSError as error:
         return _one_line(error)
     return ''

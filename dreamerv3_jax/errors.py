@@ -46,6 +46,11 @@ def readable_device_errors(advice: str) -> Iterator[None]:
                 'extra (cuda, tpu); leave it out for those that are'
                 + (f' ({text}).' if text else '.')
             ) from error
+        if text.startswith('Unable to initialize backend'):
+            raise UserError(
+                f'A device cannot be used ({text.rstrip(".")}); let no other process hold it, and '
+                'under SLURM let each task see all GPUs of its node (--gpus-per-node).'
+            ) from error
         raise
 
 

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 from dreamerv3_jax import startup
-from dreamerv3_jax.errors import Failure, UserError
+from dreamerv3_jax.errors import Failure, UserError, readable_device_errors
 
 _PATIENCE = 300.0  # seconds in which all hosts have to be there
 _LAST_WORDS = 3.0  # seconds in which all other hosts can say why they end
@@ -81,11 +81,9 @@ def connect(settings: ml_collections.ConfigDict) -> None:
             if jax.process_count() == 1:  # with whom nobody need speak
                 jax.distributed.shutdown()
     except Exception as error:
-        if 'Unable to initialize backend' in str(error):  # the hosts are there
-            raise UserError(
-                f'A device cannot be used ({_one_line(error)}); let no other process hold it, and '
-                'each task of SLURM see all GPUs of its node (--gpus-per-node).'
-            ) from error
+        with readable_device_errors(''):
+            if 'Unable to initialize backend' in str(error):  # the hosts are there
+                raise
         raise UserError(_not_found(_one_line(error))) from error
     finally:
         watch.cancel()
@@ -290,8 +288,9 @@ def _leave(error: BaseException) -> None:
         print(f'dreamerv3-jax: {text}', file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if index() == 0:  # with which the others would be ended
-        time.sleep(_LAST_WORDS)
+    with contextlib.suppress(RuntimeError):  # of devices that cannot be used
+        if index() == 0:  # with which the others would be ended
+            time.sleep(_LAST_WORDS)
     os._exit(code)
 
 

@@ -355,9 +355,9 @@ def check_memory(
     fitting -= fitting % 10 ** max(len(str(fitting)) - 2, 0)
     less = f', of which it may take 80%; set --config.replay.capacity={fitting}'
     place, more = ('disk', '') if directory else ('memory', ', or set --config.replay.on_disk=True')
-    each = f' on each of {1 / share:g} machines' if share < 1 else ''
+    here = ' on this machine' if share < 1 else ''
     raise UserError(
-        f'A replay of {capacity:,} steps takes {step * capacity / 1e9:,.1f} GB of {place}{each}, '
+        f'A replay of {capacity:,} steps takes {step * capacity / 1e9:,.1f} GB of {place}{here}, '
         f'and {free / 1e9:,.1f} GB are free{"; make room for it" if resumed else less}{more}.'
     )
 

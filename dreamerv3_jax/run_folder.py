@@ -174,8 +174,8 @@ def check_hosts(config: ml_collections.ConfigDict) -> None:
     if hosts.count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
             f'JAX takes the devices of {hosts.count()} hosts together here; leave out '
-            '--config.hosts.count=1, or name the chips of each host by TPU_VISIBLE_CHIPS and '
-            'TPU_PROCESS_BOUNDS.'
+            '--config.hosts.count=1, or let libtpu take the chips of one host only '
+            '(TPU_VISIBLE_CHIPS, TPU_CHIPS_PER_PROCESS_BOUNDS, TPU_PROCESS_BOUNDS).'
         )
     numbers = collections.Counter(device.process_index for device in jax.devices()).values()
     if len(set(numbers)) > 1:  # jax could not exchange anything

@@ -341,7 +341,8 @@ def test_devices_with_a_queue_do_the_same(tmp_path):
             patch.setattr(jax, 'block_until_ready', noted_wait)
             for _ in range(30):
                 trainer.tick()
-            assert len(made) > 5 and set(ahead) == ({1} if queues else set())
+            # None is begun where no step was made, as all environments began new episodes.
+            assert len(made) > 5 and max(ahead, default=0) == int(queues)
             trainer._learner.finish()
             found.append((jax.device_get(trainer._learner.state.params), stored(trainer)))
     jax.tree.map(np.testing.assert_array_equal, *found)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / 'dreamerv3_jax'
 LAYERS = (
     'errors startup config configs presets settings arguments topology program flops '
     'types transforms distributions returns normalization',
-    'durable images spaces metrics progress interrupts replay train_ratio '
+    'durable images spaces metrics progress interrupts free_space replay train_ratio '
     'envs video_file env_report',
     'losses nets',
     'networks optimizer actions hosts',
