@@ -5,6 +5,7 @@ and mistakes are answered at once and a mistake leaves nothing behind.
 """
 
 import difflib
+import errno
 import importlib.metadata
 import io
 import os
@@ -160,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with readable_device_errors('for it, or another process holds it; wait for that to end.'):
             _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except UserError as error:
         print(f'{PROGRAM}: {" ".join(str(error).split())}', file=sys.stderr)
         return error.exit_code
@@ -167,6 +169,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f'{PROGRAM}: The disk is full; not all could be written.', file=sys.stderr)
+        return 1
     finally:
         try:
             sys.stdout.flush()
@@ -234,8 +241,8 @@ def _evaluate(arguments: list[str]) -> None:
     parser.add_argument('--logdir', default='')
     parser.add_argument('--episodes', type=whole_number, default=20)
     parser.add_argument('--seed', type=whole_number, default=0)
-    parser.add_argument('--video', type=Path)
-    parser.add_argument('--open-loop', type=Path)
+    parser.add_argument('--video', type=settings.path_of)
+    parser.add_argument('--open-loop', type=settings.path_of)
     parser.add_argument('--sample', action='store_true')
     options = parser.parse(rest)
     logdir = _existing_run(options.folder or options.logdir)
@@ -334,7 +341,7 @@ def _envs(arguments: list[str]) -> None:
     overrides, rest = split_overrides(arguments)
     parser = _env_parser()
     parser.add_argument('id', nargs='?', default='')
-    parser.add_argument('--video', type=Path)
+    parser.add_argument('--video', type=settings.path_of)
     options = parser.parse(rest)
     if not options.id and (overrides or options.video):
         raise UserError(f'Name the environment, as in {PROGRAM} envs atari/pong.')

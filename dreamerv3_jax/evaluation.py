@@ -158,7 +158,7 @@ def evaluate(
         specs = (played.observation_specs, played.action_specs)
         player = Player(logdir, *specs, count=count, seed=seed, sample=sample)
         records, finals = played.reset(), None
-        while quota.any():
+        while True:
             recording = film.running
             for streams, part in _in_order(records, finals):
                 first = streams[part.is_first]
@@ -177,6 +177,8 @@ def evaluate(
                 film.add(video_file.picture(played, records))
             if recording and not film.running:
                 film.close()
+            if not quota.any():
+                break
             actions = player.act(records.observation, records.is_first)
             records, finals = played.step(actions)
     values = np.array(finished['returns'])

@@ -41,7 +41,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     source, size = split_spec(spec)
     if spec.endswith(':'):
         raise UserError(f'{spec!r} lacks a size; choose one of {", ".join(base.SIZES)}.')
-    module = _file_module(Path(source)) if _is_path(source) else _preset_module(source)
+    module = _file_module(Path(source).expanduser()) if _is_path(source) else _preset_module(source)
     get_config = getattr(module, 'get_config', None)
     if not callable(get_config):
         raise UserError(f'{source} must define get_config().')

@@ -286,7 +286,8 @@ def _fraction(status: Status) -> float:
 
 def _percent(status: Status) -> str:
     # Rounded down: 100% means that the run is over.
-    return f'{math.floor(100 * min(_fraction(status), 1.0)):>3}%'
+    part = 100 * status.steps // status.total if status.total > 0 else 100
+    return f'{min(part, 100):>3}%'
 
 
 def _can_encode(stream: TextIO) -> bool:

@@ -5,7 +5,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,24 @@ def validate(config: ml_collections.ConfigDict) -> None:
     missing = sorted(set(expected) - set(fields))
     if missing:
         raise UserError(f'The settings lack {", ".join(missing)}; start from configs/base.py.')
+    _check_keys(config.env.kwargs.to_dict())
     AgentConfig.from_mapping(config.agent.to_dict())
     _check_ranges(fields)
+
+
+def _check_keys(value: Any) -> None:
+    """Refuses what would come back from JSON as something else."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if not isinstance(key, str):
+                raise UserError(
+                    f'config.env.kwargs has a dictionary with the key {key!r}; a run is kept as '
+                    f'JSON, where keys are text: make it {str(key)!r}.'
+                )
+            _check_keys(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_keys(part)
 
 
 def run_folder(config: ml_collections.ConfigDict, preset: str) -> Path:

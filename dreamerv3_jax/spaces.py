@@ -26,7 +26,7 @@ NO_BOUND = 1e9  # bounds of actions beyond this are taken for none; MuJoCo's non
 _Convert = Callable[[Any, tuple[int, ...]], np.ndarray]
 _Path = tuple[Any, ...]
 
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST = np.finfo(np.float32).max  # a float would become the infinity of float16
 
 
 class BadRecord(ValueError):

@@ -119,6 +119,7 @@ def mistake(capsys, *arguments):
         ('train --config=quickstart --config.seed=1e999', "takes a whole number, not '1e999'."),
         ('train --config=quickstart --config.seed', '--config.seed needs a value'),
         ('train --config=quickstart --config.env.kwargs.a', 'needs a value'),
+        ('train --config=quickstart --config.env.kwargs.a={"b":[{2:1}]}', "make it '2'"),
         ('train --config=quickstart --config.replay.online=maybe', 'takes true or false'),
         ('train --config=quickstart --config.replay.train_ratio=x', "takes a number, not 'x'."),
         ('train --config=quickstart --config.run.steps=-1', 'must be at least 1, not -1.'),
@@ -156,6 +157,10 @@ def mistake(capsys, *arguments):
         # Evaluation.
         ('evaluate', 'Name the run folder'),
         ('evaluate ~nobody.here/run', "'~nobody.here/run' is no path that can be used: "),
+        (
+            'evaluate run --video=~nobody.here/a.gif',
+            "'~nobody.here/a.gif' is no path that can be used",
+        ),
         ('train --config=quickstart --config.logdir=~nobody.here/run', 'Could not determine home'),
         (
             f'train --config=quickstart --config.logdir={"x" * 300}',
@@ -387,7 +392,7 @@ def test_environment_arguments_are_literals_or_text(trained):
         '--config.env.kwargs.rate=1e-3',
         '--config.env.kwargs.nothing=None',
         '--config.env.kwargs.options={"a": [1, 2]}',
-        '--config.env.kwargs.options={"a": {1: 2}}',
+        '--config.env.kwargs.options={"a": {"b": 2}}',
         '--config.env.kwargs.level=4',
     )
     assert config.env.kwargs.to_dict() == {
@@ -397,7 +402,7 @@ def test_environment_arguments_are_literals_or_text(trained):
         'name': 'three words',
         'rate': 1e-3,
         'nothing': None,
-        'options': {'a': {1: 2}},
+        'options': {'a': {'b': 2}},
     }
 
 
@@ -623,6 +628,13 @@ def test_nobody_reads():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, '-m', 'dreamerv3_jax', 'presets']
-    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    # By default what is printed is kept until it is much, or the end.
+    variables = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    options = dict(stderr=subprocess.PIPE, text=True, env=variables)
+    result = subprocess.run(command, stdout=writer, **options)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, '')
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run(command, stdout=full, **options)
+    sentence = 'dreamerv3-jax: The disk is full; not all could be written.\n'
+    assert (result.returncode, result.stderr) == (1, sentence)

@@ -526,6 +526,7 @@ FAILURES = {
     'nan observation': "returned an observation 'count' that is not finite; repair or clip it.",
     'nan reward': 'Environment . of toy_envs:Counter returned a reward that is not finite',
     'infinite reward': 'Environment . of toy_envs:Counter returned a reward that is not finite',
+    'two rewards': r'toy_envs:Counter returned a reward of shape \(2,\); return one number\.',
     'odd action': "returned an observation 'action' outside of its space",
     'huge action': "returned an observation 'action' outside of its space",
     'half an action': "an observation 'action' of float64 where its space has int64; correct the",
@@ -565,6 +566,22 @@ def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what
         for step in range(1, 6):
             records, _ = env.step(ZEROS)
             assert records.observation['count'][row].tolist() == [1, step]
+
+
+@pytest.mark.parametrize('repeat', [1, 2])
+def test_a_reward_may_be_an_array_of_one(repeat, monkeypatch):
+    step = toy_envs.Counter.step
+
+    def step_with_array(env, action):
+        observation, reward, *rest = step(env, action)
+        return observation, np.full((1, 1), reward), *rest
+
+    monkeypatch.setattr(toy_envs.Counter, 'step', step_with_array)
+    with make(kwargs={'length': 6}, repeat=repeat) as env:
+        env.reset()
+        records, _ = env.step(ZEROS)
+        assert records.reward.tolist() == [10 * repeat * (repeat + 1) / 2] * 2
+        assert env.messages == []
 
 
 @pytest.mark.parametrize('vectorization', ['sync', 'async'])

@@ -252,6 +252,8 @@ def test_hundred_percent_only_at_the_end():
     assert progress.format_plain(STATUS._replace(steps=1_000_000)).startswith('100%')
     assert progress.format_plain(STATUS._replace(steps=1_000_016)).startswith('100%')
     assert progress.format_plain(STATUS._replace(total=0)).startswith('100%')
+    # As numbers of floating point these are 28.999... percent.
+    assert progress.format_plain(STATUS._replace(steps=3_248, total=11_200)).startswith(' 29%')
 
 
 def test_paint_adds_colours_only():

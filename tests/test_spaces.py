@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.images import resize
-from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, BadRecord, ObservationAdapter
+from dreamerv3_jax.spaces import ActionAdapter, ArraySpec, BadRecord, ObservationAdapter, is_finite
 
 
 def _flat_actions(adapter, rng, count):
@@ -383,3 +383,11 @@ def test_classes_that_do_not_exist_are_refused(value):
 def test_what_is_too_large_for_float32_is_refused():
     with pytest.raises(BadRecord, match='not finite'):
         ObservationAdapter(spaces.Box(-np.inf, np.inf, (2,), np.float64)).convert([1e300, 0])
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64, np.int32])
+def test_infinity_of_any_precision_is_not_finite(dtype):
+    assert is_finite(np.array([0, -3, 60_000], dtype))
+    if dtype != np.int32:
+        for number in (np.inf, -np.inf, np.nan):
+            assert not is_finite(np.array([0, number], dtype))

@@ -99,6 +99,8 @@ class Counter(gymnasium.Env):
             reward = math.nan
         elif self._failure == 'infinite reward':
             reward = math.inf
+        elif self._failure == 'two rewards':
+            reward = np.ones(2)
         elif self._failure == 'nan observation':
             observation['count'][1] = math.nan
         elif self._failure == 'odd action':

@@ -122,18 +122,19 @@ class Stream:
         action = self._actions.convert(actions, row)
         observation, reward, terminated, truncated, info = self._env.step(action)
         flat = self._observations.convert(observation)
-        check_reward(float(reward))
+        reward = one_number(reward)
+        check_reward(reward)
         if not (terminated or truncated):
-            write_record(records, row, flat, float(reward))
+            write_record(records, row, flat, reward)
             return None
         logs = episode_logs(info)
         if self._same_step:
             # Or it would take the terminal record with it.
             with contextlib.suppress(Exception, SystemExit):
                 self.reset(records, row)
-                return Ending(logs, (flat, float(reward), bool(terminated)))
+                return Ending(logs, (flat, reward, bool(terminated)))
         self._ended = True  # the next step resets
-        write_record(records, row, flat, float(reward), last=True, terminal=bool(terminated))
+        write_record(records, row, flat, reward, last=True, terminal=bool(terminated))
         return Ending(logs, None)
 
     def render(self) -> np.ndarray | None:
@@ -145,6 +146,17 @@ class Stream:
     def close(self) -> None:
         """Releases the environment."""
         self._env.close()
+
+
+def one_number(reward: Any) -> float:
+    """Returns a reward as a number; many environments return an array of one.
+
+    Raises:
+      BadRecord: it is an array of several, or of none.
+    """
+    if np.size(reward) != 1:
+        raise BadRecord(f'a reward of shape {np.shape(reward)}; return one number.')
+    return float(np.asarray(reward).item())
 
 
 def check_reward(reward: Any) -> None:
@@ -173,7 +185,7 @@ class ActionRepeat(gymnasium.Wrapper):
         total = 0.0
         for _ in range(self._repeat):
             observation, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
+            total += one_number(reward)
             if terminated or truncated:
                 break
         return observation, total, terminated, truncated, info
