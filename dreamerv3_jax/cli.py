@@ -126,7 +126,8 @@ _ENVS_HELP = f"""\
 usage: {PROGRAM} envs [ID] [options]
 
 Lists the suites, whether each is installed, and how to install it. With an id: what the environment
-observes and takes, its steps per second, and a video of a random policy.
+observes and takes with the settings of its suite's preset, its steps per second, and a video of a
+random policy.
 
 options:
   --config.env.KEY=VALUE        changes a setting of the environment, as in training
@@ -136,7 +137,7 @@ options:
   --help                        this text
 
 examples:
-  {PROGRAM} envs atari/pong --config.env.repeat=4
+  {PROGRAM} envs atari/pong --config.env.kwargs.gray=false
   {PROGRAM} envs dmc/walker_walk --config.env.kwargs.vision=true --video=walker.gif
 """
 
@@ -345,7 +346,8 @@ def _envs(arguments: list[str]) -> None:
     options = parser.parse(rest)
     if not options.id and (overrides or options.video):
         raise UserError(f'Name the environment, as in {PROGRAM} envs atari/pong.')
-    config = base.get_config()
+    preset = presets.of_suite(options.id)
+    config = presets.load_config(preset) if preset else base.get_config()
     config.env.update(id=options.id, num_envs=1)
     if any(key == 'env.id' for key, _ in overrides):
         raise UserError('envs takes the id bare, not as --config.env.id.')
@@ -355,7 +357,7 @@ def _envs(arguments: list[str]) -> None:
     from dreamerv3_jax import env_report
 
     if options.id:
-        env_report.report(config, options.video, lambda line: print(line, flush=True))
+        env_report.report(config, preset, options.video, lambda line: print(line, flush=True))
         return
     print('\n'.join(env_report.suites()))
     print('\nOther environments: any gymnasium id, module:Id-v0 or module:function.')

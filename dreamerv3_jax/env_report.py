@@ -35,12 +35,16 @@ def suites() -> list[str]:
 
 
 def report(
-    config: ml_collections.ConfigDict, video: Path | None, show: Callable[[str], None]
+    config: ml_collections.ConfigDict,
+    preset: str,
+    video: Path | None,
+    show: Callable[[str], None],
 ) -> None:
     """Looks at one environment under a random policy.
 
     Args:
       config: all settings, of which `env` counts.
+      preset: where they come from, '' for none.
       video: a file for the video; None for one named after the environment, which may be missing.
       show: called with each line, as soon as it is known.
 
@@ -48,7 +52,8 @@ def report(
       UserError: the environment cannot be made, it fails, or `video` cannot be written.
     """
     with envs.make(config.env, config.seed, restart=False) as env:
-        show(f'{"environment":12} {config.env.id}, repeat {config.env.repeat}')
+        source = f', as with --config={preset}' if preset else ''
+        show(f'{"environment":12} {config.env.id}, repeat {config.env.repeat}{source}')
         for name, specs in (('observation', env.observation_specs), ('action', env.action_specs)):
             text = ', '.join(f'{part}: {spec}' for part, spec in specs.items())
             show(f'{name:12} {text}')

@@ -25,6 +25,13 @@ def describe(name: str) -> str:
     return (inspect.getdoc(_preset_module(name)) or '').partition('\n')[0]
 
 
+def of_suite(env_id: str) -> str:
+    """Returns the first preset of an environment's suite, '' where it is of none."""
+    suite, slash, _ = env_id.partition('/')
+    ids = {name: load_config(name).env.id for name in names()} if slash else {}
+    return next((name for name, found in ids.items() if found.startswith(f'{suite}/')), '')
+
+
 def load_config(spec: str) -> ml_collections.ConfigDict:
     """Loads a configuration.
 

@@ -15,6 +15,7 @@ from dreamerv3_jax.errors import UserError
 
 GIF_FRAME_RATE = 50.0  # browsers slow down what is faster
 LEAST_SIDE = 256  # pixels of a video; smaller pictures are enlarged
+MOST_GIF_BYTES = 1_000_000_000  # of pictures, which imageio keeps until the last
 
 
 class Film:
@@ -30,6 +31,7 @@ class Film:
         self._path = path
         self._writer: Any = None
         self._buffer: io.BytesIO | None = None  # of a .gif
+        self._bytes = 0  # of all pictures
         self.frame_rate = 0.0  # pictures per second, set before the first
         if path is not None:
             # pygame, which many environments draw with, needs no screen then.
@@ -73,6 +75,12 @@ class Film:
         factor = -(-LEAST_SIDE // max(picture.shape[:2]))
         picture = picture.repeat(factor, 0).repeat(factor, 1)
         # The usual video formats halve the resolution of colours: both sides have to be even.
+        self._bytes += picture.nbytes
+        if self._buffer is not None and self._bytes > MOST_GIF_BYTES:
+            raise UserError(
+                f'{self._path} is too long for a .gif, whose pictures are kept in memory up to '
+                f'{MOST_GIF_BYTES / 1e9:g} GB; write the video as .mp4.'
+            )
         picture = np.pad(picture, [(0, side % 2) for side in picture.shape[:2]] + [(0, 0)], 'edge')
         with warnings.catch_warnings():
             # ffmpeg starts with the first picture. Its process runs no Python, so it cannot meet

@@ -566,6 +566,18 @@ def test_envs_looks_at_one(monkeypatch, capsys, folder):
     assert len(frames) > 3 and frames.shape[-1] == 3
 
 
+def test_envs_are_seen_as_their_presets_show_them(monkeypatch, folder):
+    seen = []
+    monkeypatch.setattr(env_report, 'report', lambda *arguments: seen.append(arguments))
+    for name in ('craftax/full', 'atari/breakout', 'dmc/walker_walk', 'toy_envs:Counter'):
+        assert cli.main(['envs', name]) == 0
+    configs, found, *_ = zip(*seen, strict=True)
+    assert found == ('craftax', 'atari', 'dmc_proprio', '')
+    assert configs[0].env.kwargs.pixels and configs[0].env.image_size == 64
+    assert [config.env.repeat for config in configs] == [1, 4, 1, 1]
+    assert {config.env.num_envs for config in configs} == {1}
+
+
 def test_envs_without_a_video(monkeypatch, capsys, folder):
     monkeypatch.setattr(env_report, 'MEASURED_SECONDS', 0.05)
     assert cli.main(['envs', 'toy_envs:Clockwork', '--config.env.kwargs.length=5']) == 0

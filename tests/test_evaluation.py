@@ -196,6 +196,21 @@ def test_the_episode_of_the_video_is_named(run, tmp_path):
         assert film.n_frames == result['lengths'][result['filmed'] - 1] + 1
 
 
+def test_a_gif_that_grows_too_large_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip('imageio')
+    monkeypatch.setattr(video_file, 'MOST_GIF_BYTES', 2 * 172 * 258 * 3)
+    with pytest.raises(UserError, match=r'film.gif is too long for a .gif, .* write .* as .mp4'):
+        with video_file.Film(tmp_path / 'film.gif') as film:
+            film.frame_rate = 20.0
+            for _ in range(3):
+                film.add(np.zeros((4, 6, 3), np.uint8))
+    with video_file.Film(tmp_path / 'film.gif') as film:
+        film.frame_rate = 20.0
+        for _ in range(2):
+            film.add(np.zeros((4, 6, 3), np.uint8))
+    assert (tmp_path / 'film.gif').stat().st_size > 100
+
+
 @pytest.mark.parametrize('name', ['file/film.mp4', 'folder.gif'])
 def test_video_that_cannot_be_written(run, tmp_path, name):
     pytest.importorskip('imageio_ffmpeg')
