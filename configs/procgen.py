@@ -4,6 +4,7 @@ pip install -e '.[procgen]'
 apt-get install libqt5core5a libqt5gui5
 dreamerv3-jax train --config=procgen --config.env.id=procgen/starpilot
 
+The published code draws the game at 96x96 pixels instead, where EnvPool has the 64x64 of ProcGen.
 Between the games only env.id differs. A smaller network, for a smaller GPU, is procgen:size12m.
 """
 

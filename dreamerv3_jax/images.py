@@ -13,7 +13,7 @@ def resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
     (what Pillow calls `BILINEAR`). When growing it interpolates linearly between pixel centres.
 
     Args:
-      images: [..., H, W, C] `uint8`.
+      images: [..., H, W, C] `uint8`, or `float32` from 0 to 255.
       height: rows of the result.
       width: columns of the result.
 

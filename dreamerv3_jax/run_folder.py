@@ -272,7 +272,7 @@ def check_spaces(logdir: Path, observation_specs: Specs, action_specs: Specs) ->
 
 
 def derived_seed(seed: int, start: int) -> int:
-    """Seed of the environments at the given start of a run (0 for the first)."""
+    """A seed for one purpose: a start (its ticks), another host or an evaluation (2**31 on)."""
     return int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
 
 

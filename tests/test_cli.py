@@ -532,8 +532,8 @@ def test_help(arguments, words, capsys):
 
 def test_envs_lists_suites(monkeypatch, capsys):
     suites = {
-        'json': Suite('Here', 'json', 'json', 'nothing', ('first', 'second')),
-        'no': Suite('There', 'no', 'no_such_package', 'pip install it', ('x',)),
+        'json': Suite('Here', 'json', ('first', 'second'), install='nothing'),
+        'no': Suite('There', 'no_such_package', ('x',), install='pip install it'),
     }
     monkeypatch.setattr(env_report, 'SUITES', suites)
     assert cli.main(['envs']) == 0
@@ -593,7 +593,7 @@ def test_envs_without_a_video(monkeypatch, capsys, folder):
 
 
 def test_envs_knows_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setitem(registry.SUITES, 'no', Suite('No', 'no', 'no_such', 'pip it', ('x',)))
+    monkeypatch.setitem(registry.SUITES, 'no', Suite('No', 'no_such', ('x',), install='pip it'))
     assert 'no/x needs a package that is not installed: pip it' in mistake(capsys, 'envs', 'no/x')
 
 

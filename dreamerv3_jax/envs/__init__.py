@@ -14,7 +14,7 @@ import numpy as np
 from dreamerv3_jax import startup
 from dreamerv3_jax.envs.native import Native
 from dreamerv3_jax.envs.processes import Processes
-from dreamerv3_jax.envs.registry import Settings, check_installed, is_suite, is_vector_suite
+from dreamerv3_jax.envs.registry import Settings, suite_of
 from dreamerv3_jax.envs.stream import FinalRecords, Records, empty_records
 from dreamerv3_jax.envs.vector import InProcess, VectorEnvironment, close_quietly, open_stream
 from dreamerv3_jax.errors import UserError
@@ -48,8 +48,8 @@ def make(
     """
     startup.find_modules_here()
     settings = _settings(config, seed, render, restart, part)
-    if is_vector_suite(settings.id):
-        check_installed(settings.id)
+    suite = suite_of(settings.id)
+    if suite and suite.vector:
         if config.vectorization not in ('auto', 'native'):
             raise UserError(
                 f'{settings.id} steps its environments together by itself; use '
@@ -62,7 +62,7 @@ def make(
         return Processes(settings)
     if config.vectorization == 'sync' or len(settings.seeds) == 1 or os.name == 'nt':
         return InProcess(settings)
-    if is_suite(settings.id):
+    if suite:
         return Processes(settings)
     # What draws pictures is slow enough to be worth a process.
     first = open_stream(settings, 0)

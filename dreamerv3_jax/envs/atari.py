@@ -25,6 +25,7 @@ from dreamerv3_jax.images import resize
 
 MAX_FRAMES = 108_000  # half an hour at 60 Hz
 STICKINESS = 0.25
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue
 
 
 def make(
@@ -104,12 +105,10 @@ class Atari(gymnasium.Env):
         self._actions = (
             self._ale.getLegalActionSet() if full_actions else self._ale.getMinimalActionSet()
         )
-        height, width = self._ale.getScreenDims()
-        self._screen_shape = (height, width, 1 if gray else 3)
         self._screens: list[np.ndarray] = []  # the last one or two, for the maximum
         self.action_space = gymnasium.spaces.Discrete(len(self._actions))
         self.observation_space = gymnasium.spaces.Box(
-            0, 255, (image_size, image_size, self._screen_shape[-1]), np.uint8
+            0, 255, (image_size, image_size, 1 if gray else 3), np.uint8
         )
 
     def reset(
@@ -126,7 +125,7 @@ class Atari(gymnasium.Env):
             if self._ale.game_over():
                 self._ale.reset_game()
         # Nothing of the episode before, nor black, may shine through the first maximum.
-        self._screens = [self._screen()]
+        self._screens = [self._ale.getScreenRGB()]
         return self._observation(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -138,7 +137,7 @@ class Atari(gymnasium.Env):
             reward += self._ale.act(self._actions[action])
             over = self._ale.game_over()
             if over or frame >= self._repeat - 2:
-                self._screens = [*self._screens[-1:], self._screen()]
+                self._screens = [*self._screens[-1:], self._ale.getScreenRGB()]
             if over:
                 break
         terminated = self._ale.game_over(with_truncation=False)
@@ -148,14 +147,8 @@ class Atari(gymnasium.Env):
         """Returns the full-sized screen in colour."""
         return self._ale.getScreenRGB()
 
-    def _screen(self) -> np.ndarray:
-        screen = np.empty(self._screen_shape, np.uint8)
-        if self._gray:
-            self._ale.getScreenGrayscale(screen[..., 0])
-        else:
-            self._ale.getScreenRGB(screen)
-        return screen
-
     def _observation(self) -> np.ndarray:
         screen = np.maximum(self._screens[0], self._screens[-1])
+        if self._gray:  # after the maximum, which is of each colour
+            screen = (screen * _LUMINANCE).sum(-1, keepdims=True)
         return resize(screen, self._image_size, self._image_size)

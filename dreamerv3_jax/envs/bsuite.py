@@ -18,7 +18,6 @@ import numpy as np
 from bsuite import sweep
 from bsuite.utils import datasets
 
-from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError, nearest
 
 _MNIST = tuple(
@@ -28,21 +27,11 @@ _MNIST = tuple(
 )
 
 
-def make(
-    name: str,
-    *,
-    repeat: int,
-    image_size: int = 0,
-    render_mode: str | None = None,
-    mnist: str = '',
-) -> gymnasium.Env:
+def make(name: str, *, mnist: str = '') -> gymnasium.Env:
     """Returns the environment of a task.
 
     Args:
       name: family and number, joined with '/'.
-      repeat: steps for which an action is held.
-      image_size: unused, as even what looks like a picture is small and given as a vector.
-      render_mode: unused, as bsuite draws nothing.
       mnist: folder with the four files of MNIST; '' for the environment variable BSUITE_MNIST.
 
     Raises:
@@ -56,8 +45,7 @@ def make(
     family = name.partition('/')[0]
     if family.startswith('mnist'):
         _use_mnist(mnist or os.environ.get('BSUITE_MNIST', ''))
-    env = BehaviourTask(bsuite.load(family, sweep.SETTINGS[name]))
-    return ActionRepeat(env, repeat) if repeat > 1 else env
+    return BehaviourTask(bsuite.load(family, sweep.SETTINGS[name]))
 
 
 def _use_mnist(folder: str) -> None:

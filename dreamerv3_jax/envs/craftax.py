@@ -23,7 +23,6 @@ from craftax.craftax_env import make_craftax_env_from_params
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from dreamerv3_jax.envs.registry import no_repeat
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.images import resize
 
@@ -34,7 +33,6 @@ def make_vector(
     name: str,
     *,
     seeds: Sequence[int],
-    repeat: int,
     image_size: int = 0,
     render_mode: str | None = None,
     pixels: bool = False,
@@ -45,19 +43,16 @@ def make_vector(
     Args:
       name: 'classic' or 'full'.
       seeds: one per environment.
-      repeat: 1.
       image_size: side of the square picture; 0 for 64.
       render_mode: None or 'rgb_array'.
       pixels: observe a picture instead of numbers.
       length: steps after which an episode is cut; 0 for the game's own 10,000 or 100,000.
 
     Raises:
-      UserError: the name is another one, or actions are to be held.
+      UserError: the name is another one.
     """
     if name not in ('classic', 'full'):
         raise UserError(f'Craftax comes as craftax/classic and craftax/full, not {name!r}.')
-    if repeat > 1:
-        raise no_repeat(f'craftax/{name}')
     return Craftax(
         classic=name == 'classic',
         seeds=seeds,

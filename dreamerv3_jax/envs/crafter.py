@@ -15,23 +15,16 @@ import crafter
 import gymnasium
 import numpy as np
 
-from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
 
 
 def make(
-    name: str,
-    *,
-    repeat: int,
-    image_size: int = 0,
-    render_mode: str | None = None,
-    length: int = 10000,
+    name: str, *, image_size: int = 0, render_mode: str | None = None, length: int = 10000
 ) -> gymnasium.Env:
     """Returns the environment.
 
     Args:
       name: 'reward' or 'noreward'.
-      repeat: steps for which an action is held.
       image_size: side of the square picture; 0 for 64.
       render_mode: None or 'rgb_array'.
       length: steps after which an episode is cut.
@@ -43,7 +36,7 @@ def make(
         raise UserError(f'Crafter comes as crafter/reward and crafter/noreward, not {name!r}.')
     env = Crafter(reward=name == 'reward', image_size=image_size or 64, length=length)
     env.render_mode = render_mode
-    return ActionRepeat(env, repeat) if repeat > 1 else env
+    return env
 
 
 class Crafter(gymnasium.Env):

@@ -32,7 +32,6 @@ def make_vector(
     *,
     seeds: Sequence[int],
     repeat: int,
-    image_size: int = 0,
     render_mode: str | None = None,
     **options: Any,
 ) -> VectorEnv:
@@ -42,7 +41,6 @@ def make_vector(
       name: EnvPool's id.
       seeds: one per environment.
       repeat: frames for which an action is held, for Atari games.
-      image_size: unused; images come as EnvPool makes them and are resized afterwards.
       render_mode: None or 'rgb_array'.
       **options: settings of EnvPool for this id.
 

@@ -16,7 +16,6 @@ import numpy as np
 from gymnasium.envs import registration
 
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
-from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
 from dreamerv3_jax.images import resize
 
@@ -70,14 +69,11 @@ logging.getLogger('absl').addFilter(
 )
 
 
-def make(
-    name: str, *, repeat: int, image_size: int = 0, render_mode: str | None = None
-) -> gymnasium.Env:
+def make(name: str, *, image_size: int = 0, render_mode: str | None = None) -> gymnasium.Env:
     """Returns the environment.
 
     Args:
       name: size of the maze.
-      repeat: control steps for which an action is held.
       image_size: side of the square picture; 0 for 64.
       render_mode: None or 'rgb_array'.
 
@@ -89,7 +85,7 @@ def make(
     check_renderer()
     env: gymnasium.Env = Maze(name, image_size=image_size or 64)
     env.render_mode = render_mode
-    return ActionRepeat(env, repeat) if repeat > 1 else env
+    return env
 
 
 class Maze(gymnasium.Env):

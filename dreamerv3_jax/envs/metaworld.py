@@ -13,21 +13,16 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
 from dreamerv3_jax.envs.registered import Success
-from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError, nearest
 
 choose_renderer()
 
 
-def make(
-    name: str, *, repeat: int, image_size: int = 0, render_mode: str | None = None
-) -> gymnasium.Env:
+def make(name: str, *, render_mode: str | None = None) -> gymnasium.Env:
     """Returns the environment of a task.
 
     Args:
       name: the task, with hyphens.
-      repeat: control steps for which an action is held.
-      image_size: of no effect; nothing here observes pictures.
       render_mode: None or 'rgb_array'.
 
     Raises:
@@ -42,8 +37,7 @@ def make(
         )
     if render_mode:
         check_renderer()
-    env: gymnasium.Env = Success(ArmTask(tasks[name], render_mode=render_mode))
-    return ActionRepeat(env, repeat) if repeat > 1 else env
+    return Success(ArmTask(tasks[name], render_mode=render_mode))
 
 
 class ArmTask(gymnasium.Wrapper):

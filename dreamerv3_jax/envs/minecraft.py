@@ -22,7 +22,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
 
 # MineRL 0.4 uses names that NumPy has dropped since.
@@ -95,7 +94,6 @@ _NOOP = {'camera': (0, 0)} | dict.fromkeys(_BUTTONS, 0) | dict.fromkeys(_COMMAND
 def make(
     name: str,
     *,
-    repeat: int,
     image_size: int = 0,
     render_mode: str | None = None,
     break_speed: float = 100.0,
@@ -105,7 +103,6 @@ def make(
 
     Args:
       name: 'diamond'.
-      repeat: steps for which an action is held.
       image_size: side of the square picture; 0 for 64.
       render_mode: None or 'rgb_array'.
       break_speed: how many times faster blocks break; at 1, the button to break them is held for
@@ -130,7 +127,7 @@ def make(
         length=length,
     )
     env.render_mode = render_mode
-    return ActionRepeat(env, repeat) if repeat > 1 else env
+    return env
 
 
 class DiamondSpec(EnvSpec):

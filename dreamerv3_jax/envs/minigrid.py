@@ -15,7 +15,6 @@ from minigrid.core import constants
 from minigrid.envs.babyai.core import roomgrid_level
 
 from dreamerv3_jax.envs import registered, text
-from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.images import resize
 
 # Else it prints a line for every mission that it drops while it looks for one that can be done.
@@ -28,18 +27,12 @@ _CLASSES = [
 
 
 def make(
-    name: str,
-    *,
-    repeat: int,
-    image_size: int = 0,
-    render_mode: str | None = None,
-    vision: bool = False,
+    name: str, *, image_size: int = 0, render_mode: str | None = None, vision: bool = False
 ) -> gymnasium.Env:
     """Returns the environment.
 
     Args:
       name: the registered id; 'MiniGrid-' at its start is left out.
-      repeat: steps for which an action is held.
       image_size: side of the square picture; 0 for 64.
       render_mode: None or 'rgb_array'.
       vision: observe a picture of the cells ahead instead of their classes.
@@ -53,9 +46,8 @@ def make(
         if env_id.startswith(('MiniGrid-', 'BabyAI-'))
     }
     name = registered.find(name.removeprefix('MiniGrid-'), ids, 'Minigrid')
-    env: gymnasium.Env = registered.make(ids[name], render_mode=render_mode)
-    env = GridView(env, image_size=(image_size or 64) if vision else 0)
-    return ActionRepeat(env, repeat) if repeat > 1 else env
+    env = registered.make(ids[name], render_mode=render_mode)
+    return GridView(env, image_size=(image_size or 64) if vision else 0)
 
 
 class GridView(gymnasium.ObservationWrapper):

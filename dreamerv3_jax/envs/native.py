@@ -10,10 +10,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from dreamerv3_jax.envs.registry import (
     Settings,
-    is_suite,
-    is_vector_suite,
     make_vector,
     readable_errors,
+    suite_of,
     takes_render_mode,
 )
 from dreamerv3_jax.envs.stream import (
@@ -42,8 +41,9 @@ class Native(VectorEnvironment):
           UserError: there is none, or it does not reset its streams.
         """
         super().__init__(settings.id)
-        of_suite = is_vector_suite(settings.id)
-        if not of_suite and (is_suite(settings.id) or settings.repeat != 1):
+        suite = suite_of(settings.id)
+        of_suite = suite is not None and suite.vector
+        if not of_suite and (suite or settings.repeat != 1):
             raise UserError(
                 "env.vectorization='native' takes gymnasium ids and env.repeat=1 (frame skips go "
                 "into env.kwargs); use 'sync' or 'async' otherwise."

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from gymnasium.vector import VectorEnv
 
 from dreamerv3_jax.envs import envpool as pools
-from dreamerv3_jax.envs.registry import no_repeat
 from dreamerv3_jax.errors import UserError, nearest
 
 GAMES = (
@@ -38,8 +37,6 @@ def make_vector(
     name: str,
     *,
     seeds: Sequence[int],
-    repeat: int,
-    image_size: int = 0,
     render_mode: str | None = None,
     distribution: str = 'hard',
     num_levels: int = 0,
@@ -50,21 +47,16 @@ def make_vector(
     Args:
       name: the game.
       seeds: one per environment; they choose the levels.
-      repeat: 1.
-      image_size: unused; images have 64x64 pixels and are resized afterwards.
       render_mode: None or 'rgb_array'.
       distribution: difficulty of the levels, 'easy', 'hard' or what else the game has.
       num_levels: how many levels there are; 0 for no limit.
       start_level: the first of them.
 
     Raises:
-      UserError: there is no such game or distribution, a library is missing, or actions are to be
-        held.
+      UserError: there is no such game or distribution, or a library is missing.
     """
     if name not in GAMES:
         raise UserError(f'There is no ProcGen game {name!r}' + nearest(name, GAMES))
-    if repeat > 1:
-        raise no_repeat(f'procgen/{name}')
     ids = {kind: f'{name.capitalize()}{kind.capitalize()}-v0' for kind in _DISTRIBUTIONS}
     known = pools.envpool.list_all_envs()
     offered = [kind for kind in _DISTRIBUTIONS if ids[kind] in known]

@@ -37,6 +37,7 @@ def make(env_id: str, **kwargs: Any) -> gymnasium.Env:
     with warnings.catch_warnings():
         # Whoever names an older version means it.
         warnings.filterwarnings('ignore', '.*is out of date', DeprecationWarning)
+        # What gymnasium's checker finds at every step, the conversions find too.
         return gymnasium.make(env_id, disable_env_checker=True, **kwargs)
 
 

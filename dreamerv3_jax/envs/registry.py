@@ -1,10 +1,10 @@
 """From an environment id to a `gymnasium.Env`.
 
-Suites are modules with a function `make(name, *, repeat, image_size, render_mode, ...)`. They are
-imported when first asked for, and take the action repeat themselves because some can skip frames
-without drawing them. Those whose package steps many environments at once have instead a function
-`make_vector(name, *, seeds, repeat, image_size, render_mode, ...)`, which returns a
-`gymnasium.vector.VectorEnv` with one environment per seed. `SUITES` is the place to add one.
+Suites are modules with a function `make(name, ...)`, imported when first asked for. It is given
+those of `repeat`, `image_size` and `render_mode` that it takes: some skip frames without drawing
+them, and for the others actions are held here. Those whose package steps many environments at once
+have instead a function `make_vector(name, *, seeds, ...)`, which returns a
+`gymnasium.vector.VectorEnv` with one environment per seed. `_SUITES` is the place to add one.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +27,7 @@ from gymnasium.envs.registration import (
 from gymnasium.error import DependencyNotInstalled, Error, UnregisteredEnv
 from gymnasium.vector import VectorEnv
 
+from dreamerv3_jax.envs import registered
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
 from dreamerv3_jax.envs.stream import ActionRepeat
 from dreamerv3_jax.errors import UserError
@@ -42,10 +42,10 @@ class Suite:
     """Where a suite lives, and what must be installed for it."""
 
     title: str
-    module: str  # in this package
     package: str  # whose absence means that the suite is not installed
-    install: str  # what to do then
     examples: tuple[str, ...]  # names, without the prefix; the first stands for the suite in tests
+    module: str = ''  # in this package, if it is not called like the prefix
+    install: str = ''  # what to do, if it is not to install the extra of that name
     vector: bool = False  # its module has `make_vector`
 
     @property
@@ -54,88 +54,54 @@ class Suite:
         return importlib.util.find_spec(self.package) is not None
 
 
-SUITES = {
-    'atari': Suite('Atari 57', 'atari', 'ale_py', _pip('atari'), ('pong', 'breakout')),
-    'bsuite': Suite('bsuite', 'bsuite', 'bsuite', _pip('bsuite'), ('catch/0', 'memory_len/10')),
-    'craftax': Suite(
-        'Craftax', 'craftax', 'craftax', _pip('craftax'), ('classic', 'full'), vector=True
-    ),
-    'crafter': Suite('Crafter', 'crafter', 'crafter', _pip('crafter'), ('reward', 'noreward')),
-    'dmc': Suite(
-        'DeepMind Control Suite',
-        'dmc',
-        'dm_control',
-        _pip('dmc'),
-        ('walker_walk', 'cartpole_balance'),
-    ),
+_SUITES = {
+    'atari': Suite('Atari 57', 'ale_py', ('pong', 'breakout')),
+    'bsuite': Suite('bsuite', 'bsuite', ('catch/0', 'memory_len/10')),
+    'craftax': Suite('Craftax', 'craftax', ('classic', 'full'), vector=True),
+    'crafter': Suite('Crafter', 'crafter', ('reward', 'noreward')),
+    'dmc': Suite('DeepMind Control Suite', 'dm_control', ('walker_walk', 'cartpole_balance')),
     'dmlab': Suite(
         'DMLab-30',
-        'dmlab',
         'deepmind_lab',
-        'clone github.com/google-deepmind/lab, run "bazel build -c opt '
+        ('rooms_watermaze', 'language_execute_random_task'),
+        install='clone github.com/google-deepmind/lab, run "bazel build -c opt '
         '//python/pip_package:build_pip_package" and "bazel-bin/python/pip_package/'
         'build_pip_package /tmp/dmlab" there, and pip install the wheel in /tmp/dmlab (its '
         'docs/users/build.md and python/pip_package/README.md have the details).',
-        ('rooms_watermaze', 'language_execute_random_task'),
     ),
     'envpool': Suite(
-        'EnvPool',
-        'envpool',
-        'envpool',
-        _pip('envpool'),
-        ('CartPole-v1', 'Pong-v5', 'CheetahRun-v1'),
-        vector=True,
+        'EnvPool', 'envpool', ('CartPole-v1', 'Pong-v5', 'CheetahRun-v1'), vector=True
     ),
     'manipulation': Suite(
         'DeepMind manipulation (robot arm)',
-        'manipulation',
         'dm_control',
-        _pip('dmc'),
         ('reach_site', 'stack_2_bricks'),
+        install=_pip('dmc'),
     ),
-    'memorymaze': Suite(
-        'Memory Maze', 'memory_maze', 'memory_maze', _pip('memorymaze'), ('9x9', '15x15')
-    ),
-    'metaworld': Suite(
-        'Meta-World', 'metaworld', 'metaworld', _pip('metaworld'), ('reach', 'drawer-open')
-    ),
+    'memorymaze': Suite('Memory Maze', 'memory_maze', ('9x9', '15x15'), module='memory_maze'),
+    'metaworld': Suite('Meta-World', 'metaworld', ('reach', 'drawer-open')),
     'minecraft': Suite(
         'Minecraft diamond',
-        'minecraft',
         'minerl',
-        'install Java 8 ("apt-get install openjdk-8-jdk xvfb"), then "pip install minerl==0.4.4" '
-        '(minerl.readthedocs.io has the details) or, where that cannot be built, the wheel for '
-        'Python 3.11 at github.com/danijar/minerl/releases, and without a screen put '
-        '"xvfb-run -a" before the command.',
         ('diamond',),
+        install='install Java 8 ("apt-get install openjdk-8-jdk xvfb"), then "pip install '
+        'minerl==0.4.4" (minerl.readthedocs.io has the details) or, where that cannot be built, '
+        'the wheel for Python 3.11 at github.com/danijar/minerl/releases, and without a screen put '
+        '"xvfb-run -a" before the command.',
     ),
-    'minigrid': Suite(
-        'Minigrid and BabyAI',
-        'minigrid',
-        'minigrid',
-        _pip('minigrid'),
-        ('Empty-5x5-v0', 'BabyAI-GoToLocal-v0'),
-    ),
-    'popgym': Suite(
-        'POPGym',
-        'popgym',
-        'popgym',
-        _pip('popgym'),
-        ('RepeatPreviousEasy-v0', 'PositionOnlyPendulumEasy-v0'),
-    ),
-    'procgen': Suite(
-        'ProcGen', 'procgen', 'envpool', _pip('procgen'), ('coinrun', 'starpilot'), vector=True
-    ),
+    'minigrid': Suite('Minigrid and BabyAI', 'minigrid', ('Empty-5x5-v0', 'BabyAI-GoToLocal-v0')),
+    'popgym': Suite('POPGym', 'popgym', ('RepeatPreviousEasy-v0', 'PositionOnlyPendulumEasy-v0')),
+    'procgen': Suite('ProcGen', 'envpool', ('coinrun', 'starpilot'), vector=True),
     'robotics': Suite(
-        'Gymnasium-Robotics',
-        'robotics',
-        'gymnasium_robotics',
-        _pip('robotics'),
-        ('FetchReach-v4', 'PointMaze_UMaze-v3'),
+        'Gymnasium-Robotics', 'gymnasium_robotics', ('FetchReach-v4', 'PointMaze_UMaze-v3')
     ),
-    'vizdoom': Suite(
-        'ViZDoom', 'vizdoom', 'vizdoom', _pip('vizdoom'), ('basic', 'health_gathering')
-    ),
+    'vizdoom': Suite('ViZDoom', 'vizdoom', ('basic', 'health_gathering')),
+}
+SUITES = {
+    prefix: dataclasses.replace(
+        suite, module=suite.module or prefix, install=suite.install or _pip(prefix)
+    )
+    for prefix, suite in _SUITES.items()
 }
 
 
@@ -162,27 +128,10 @@ class Settings:
     timeout: float  # seconds after which a process that does not answer is given up
 
 
-def is_suite(env_id: str) -> bool:
-    """Returns whether the id belongs to one of the suites of this package."""
+def suite_of(env_id: str) -> Suite | None:
+    """Returns the suite of this package that the id belongs to, if it does to one."""
     prefix, slash, _ = env_id.partition('/')
-    return bool(slash) and prefix in SUITES
-
-
-def is_vector_suite(env_id: str) -> bool:
-    """Returns whether the id belongs to a suite that steps its environments together."""
-    return is_suite(env_id) and SUITES[env_id.partition('/')[0]].vector
-
-
-def check_installed(env_id: str) -> None:
-    """Looks for the package of a suite.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    suite = SUITES[env_id.partition('/')[0]]
-    if not suite.installed:
-        how = suite.install.rstrip('.')
-        raise UserError(f'{env_id} needs a package that is not installed: {how}.')
+    return SUITES.get(prefix) if slash else None
 
 
 def make_env(settings: Settings) -> gymnasium.Env:
@@ -192,7 +141,7 @@ def make_env(settings: Settings) -> gymnasium.Env:
       UserError: the id is unknown, a package is missing, or the constructor failed.
     """
     with readable_errors(settings.id):
-        if is_suite(settings.id):
+        if suite_of(settings.id):
             return _make_from_suite(settings)
         module, colon, attribute = settings.id.partition(':')
         creator = _user_function(module, attribute) if colon else None
@@ -248,9 +197,11 @@ def no_repeat(env_id: str) -> UserError:
 
 
 def _make_from_suite(settings: Settings, **extra: Any) -> Any:
-    check_installed(settings.id)
     prefix, _, name = settings.id.partition('/')
     suite = SUITES[prefix]
+    if not suite.installed:
+        how = suite.install.rstrip('.')
+        raise UserError(f'{settings.id} needs a package that is not installed: {how}.')
     module = importlib.import_module(f'dreamerv3_jax.envs.{suite.module}')
     make = module.make_vector if suite.vector else module.make
     own = {
@@ -260,6 +211,9 @@ def _make_from_suite(settings: Settings, **extra: Any) -> Any:
         **extra,
     }
     parameters = inspect.signature(make).parameters
+    held = settings.repeat > 1 and 'repeat' not in parameters
+    if held and suite.vector:
+        raise no_repeat(settings.id)
     options = [key for key in parameters if key not in ('name', *own)]
     # Where any option is taken, the suite knows which ones there are.
     if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -267,18 +221,16 @@ def _make_from_suite(settings: Settings, **extra: Any) -> Any:
             if key not in options:
                 known = f'it has {", ".join(options)}' if options else 'it takes none'
                 raise UserError(f'{settings.id} has no setting env.kwargs.{key}; {known}.')
-    return make(name, **own, **settings.kwargs)
+    taken = {key: value for key, value in own.items() if key in parameters}
+    env = make(name, **taken, **settings.kwargs)
+    return ActionRepeat(env, settings.repeat) if held else env
 
 
 def _make_registered(settings: Settings) -> gymnasium.Env:
     kwargs = dict(settings.kwargs)
     if settings.render and _draws(settings.id):
         kwargs.setdefault('render_mode', 'rgb_array')
-    with warnings.catch_warnings():
-        # Whoever names an older version means it.
-        warnings.filterwarnings('ignore', '.*is out of date', DeprecationWarning)
-        # gymnasium's checker would look at every step; what it finds, the conversions find too.
-        return gymnasium.make(settings.id, disable_env_checker=True, **kwargs)
+    return registered.make(settings.id, **kwargs)
 
 
 def _registered(env_id: str) -> EnvSpec:

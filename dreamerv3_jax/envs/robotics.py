@@ -15,7 +15,6 @@ import gymnasium
 
 from dreamerv3_jax.envs import registered
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
-from dreamerv3_jax.envs.stream import ActionRepeat
 
 with contextlib.redirect_stderr(io.StringIO()):  # news about its versions, in every process
     import gymnasium_robotics
@@ -24,15 +23,11 @@ gymnasium.register_envs(gymnasium_robotics)
 choose_renderer()
 
 
-def make(
-    name: str, *, repeat: int, image_size: int = 0, render_mode: str | None = None
-) -> gymnasium.Env:
+def make(name: str, *, render_mode: str | None = None) -> gymnasium.Env:
     """Returns the environment.
 
     Args:
       name: the registered id.
-      repeat: steps for which an action is held.
-      image_size: of no effect; nothing here observes pictures.
       render_mode: None or 'rgb_array'.
 
     Raises:
@@ -46,9 +41,8 @@ def make(
     name = registered.find(name, names, 'Gymnasium-Robotics')
     if render_mode:
         check_renderer()
-    env: gymnasium.Env = registered.make(name, render_mode=render_mode)
-    env = Kitchen(env) if name.startswith('FrankaKitchen') else registered.Success(env)
-    return ActionRepeat(env, repeat) if repeat > 1 else env
+    env = registered.make(name, render_mode=render_mode)
+    return Kitchen(env) if name.startswith('FrankaKitchen') else registered.Success(env)
 
 
 class Kitchen(gymnasium.Wrapper):
