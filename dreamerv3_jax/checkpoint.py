@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dreamerv3_jax import durable, hosts
-from dreamerv3_jax.errors import Failure, UserError
+from dreamerv3_jax.errors import Failure, UserError, one_line
 from dreamerv3_jax.train_state import TrainState
 
 KEEP = 2
@@ -141,7 +141,7 @@ class Checkpointer:
             with contextlib.suppress(OSError, ValueError), _silence():
                 self._manager.reload()
             full = re.search('no space left on device|quota exceeded', str(error), re.IGNORECASE)
-            reason = full.group() if full else _one_line(error)
+            reason = full.group() if full else _reason(error)
             failure = NotSaved(
                 f'Cannot write the checkpoint {self._folder / str(step)}: {reason}; '
                 + ('make room for it, ' if full else '')
@@ -223,7 +223,7 @@ class Checkpointer:
             except (MemoryError, UserError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # of many kinds, by what is damaged
-                problem = _one_line(error)
+                problem = _reason(error)
             if problem := next(filter(None, hosts.gather(problem)), ''):  # on any host
                 reason = problem
                 warn(step, f'is damaged and was passed over: {reason}')
@@ -294,7 +294,7 @@ def _damage(folder: Path, with_replay: bool) -> str:
     try:
         sums, own = json.loads(path.read_text())
     except OSError as error:
-        return _one_line(error)
+        return _reason(error)
     except ValueError:
         sums = own = None
     if own != _checksum_of(sums):
@@ -304,7 +304,7 @@ def _damage(folder: Path, with_replay: bool) -> str:
             try:
                 found = _checksum(folder / name)
             except OSError as error:
-                return _one_line(error)
+                return _reason(error)
             if found != expected:
                 return f'{name} is not as it was written.'
     return ''
@@ -321,7 +321,7 @@ def _unreadable(folder: Path) -> str:
                 with path.open('rb') as file:
                     file.read(1)
     except OSError as error:
-        return _one_line(error)
+        return _reason(error)
     return ''
 
 
@@ -337,8 +337,8 @@ def _checksum(path: Path) -> int:
     return result
 
 
-def _one_line(error: Exception) -> str:
-    text = ' '.join(str(error).split())
+def _reason(error: Exception) -> str:
+    text = one_line(error)
     return text if len(text) <= 400 else f'{text[:100]} ... {text[-300:]}'  # the cause comes last
 
 

@@ -19,7 +19,7 @@ import ml_collections
 from dreamerv3_jax import presets, settings, startup, topology
 from dreamerv3_jax.arguments import PROGRAM, Parser, build_config, split_overrides, whole_number
 from dreamerv3_jax.configs import base
-from dreamerv3_jax.errors import UserError, nearest, readable_device_errors
+from dreamerv3_jax.errors import UserError, nearest, one_line, readable_device_errors
 
 _HELP = f"""\
 usage: {PROGRAM} <command> [options]
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except UserError as error:
-        print(f'{PROGRAM}: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'{PROGRAM}: {one_line(error)}', file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

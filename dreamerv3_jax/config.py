@@ -6,14 +6,13 @@ defaults; the published values live in `configs/base.py`.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, nearest
 
 _POSITIVE = (
     'learning_rate', 'gradient_clip', 'gradient_clip_floor', 'min_std', 'return_limit',
@@ -93,9 +92,8 @@ class AgentConfig:
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
-                hint = f'; did you mean {near[0]!r}?' if near else '.'
-                raise UserError(f'The agent has no setting {name!r}{hint}')
+                where = nearest(name, fields, 'configs/base.py lists them all')
+                raise UserError(f'The agent has no setting {name!r}{where}')
         missing = sorted(set(fields) - set(values))
         if missing:
             raise UserError(f'The agent settings lack {", ".join(missing)}; see configs/base.py.')

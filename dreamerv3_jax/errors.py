@@ -22,6 +22,11 @@ class Failure(UserError):
     exit_code = 1
 
 
+def one_line(error: BaseException) -> str:
+    """Returns what an error says, without line breaks."""
+    return ' '.join(str(error).split())
+
+
 @contextlib.contextmanager
 def readable_device_errors(advice: str) -> Iterator[None]:
     """Answers what JAX says of devices that are too small, or not there.
@@ -35,7 +40,7 @@ def readable_device_errors(advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError) as error:  # JAX's are such; it may not be imported yet
-        text, named = ' '.join(str(error).split()), os.environ.get('JAX_PLATFORMS', '')
+        text, named = one_line(error), os.environ.get('JAX_PLATFORMS', '')
         if 'RESOURCE_EXHAUSTED' in text:
             raise UserError(f'The memory of the device is too small {advice}') from error
         # Of GPUs without a driver JAX says nothing at all.

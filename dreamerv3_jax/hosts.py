@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 from dreamerv3_jax import startup
-from dreamerv3_jax.errors import Failure, UserError, readable_device_errors
+from dreamerv3_jax.errors import Failure, UserError, one_line, readable_device_errors
 
 _PATIENCE = 300.0  # seconds in which all hosts have to be there
 _LAST_WORDS = 3.0  # seconds in which all other hosts can say why they end
@@ -84,7 +84,7 @@ def connect(settings: ml_collections.ConfigDict) -> None:
         with readable_device_errors(''):
             if 'Unable to initialize backend' in str(error):  # the hosts are there
                 raise
-        raise UserError(_not_found(_one_line(error))) from error
+        raise UserError(_not_found(_reason(error))) from error
     finally:
         watch.cancel()
 
@@ -281,7 +281,7 @@ def _leave(error: BaseException) -> None:
     elif not isinstance(error, UserError):
         text = ''
         if lost(error):
-            text = f'{_GONE} ({_one_line(error)}){_AGAIN}'
+            text = f'{_GONE} ({_reason(error)}){_AGAIN}'
         else:
             traceback.print_exception(error)
     if text:
@@ -294,5 +294,5 @@ def _leave(error: BaseException) -> None:
     os._exit(code)
 
 
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split())[:200].rstrip('.')
+def _reason(error: BaseException) -> str:
+    return one_line(error)[:200].rstrip('.')

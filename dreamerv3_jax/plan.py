@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from dreamerv3_jax import envs, flops, policy, program, sharding, summary
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.config import AgentConfig
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, one_line
 from dreamerv3_jax.free_space import available_memory
 from dreamerv3_jax.settings import override
 from dreamerv3_jax.spaces import ArraySpec
@@ -91,7 +91,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     try:
         described = topologies.get_topology_desc(str(topology), 'tpu', **options)
     except Exception as error:
-        reason = ' '.join(str(error).split())[:200].rstrip('.')
+        reason = one_line(error)[:200].rstrip('.')
         raise UserError(
             f'There is no topology {topology} ({reason}); choose one that is sold, as v5e:2x2, '
             'v5e:4x8, v5p:2x2x1 or v6e:16x16.'

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from dreamerv3_jax.envs import Records, VectorEnvironment
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, one_line
 
 GIF_FRAME_RATE = 50.0  # browsers slow down what is faster
 LEAST_SIDE = 256  # pixels of a video; smaller pictures are enlarged
@@ -95,9 +95,7 @@ class Film:
         try:
             yield
         except (ImportError, OSError, ValueError) as error:
-            raise UserError(
-                f'Cannot write the video {self._path}: {" ".join(str(error).split())}'
-            ) from error
+            raise UserError(f'Cannot write the video {self._path}: {one_line(error)}') from error
 
     def _start(self) -> Any:
         assert self._path is not None

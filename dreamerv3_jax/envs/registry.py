@@ -30,7 +30,7 @@ from gymnasium.vector import VectorEnv
 from dreamerv3_jax.envs import registered
 from dreamerv3_jax.envs.mujoco import check_renderer, choose_renderer
 from dreamerv3_jax.envs.stream import ActionRepeat
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import UserError, one_line
 
 
 def _pip(extra: str) -> str:
@@ -167,14 +167,14 @@ def readable_errors(env_id: str) -> Iterator[None]:
     except UnregisteredEnv as error:
         raise UserError(f'There is no environment {env_id!r}.{_suggestions(env_id)}') from error
     except DependencyNotInstalled as error:
-        raise UserError(f'{env_id} needs another package: {_one_line(error)}') from error
+        raise UserError(f'{env_id} needs another package: {one_line(error)}') from error
     except ModuleNotFoundError as error:
         own = error.name == env_id.partition(':')[0].partition('.')[0]
         hint = '; give the command in the folder of the module' if own else ''
-        raise UserError(f'Could not make {env_id}: {_one_line(error)}{hint}.') from error
+        raise UserError(f'Could not make {env_id}: {one_line(error)}{hint}.') from error
     except Exception as error:
         raise UserError(
-            f'Could not make the environment {env_id}: {type(error).__name__}: {_one_line(error)}'
+            f'Could not make the environment {env_id}: {type(error).__name__}: {one_line(error)}'
         ) from error
 
 
@@ -303,7 +303,3 @@ def _suggestions(env_id: str) -> str:
         f'{prefix}/' for prefix in SUITES
     )
     return f'{hint} An id is {forms}.'
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split())

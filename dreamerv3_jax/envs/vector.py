@@ -21,7 +21,7 @@ from dreamerv3_jax.envs.stream import (
     empty_records,
     write_record,
 )
-from dreamerv3_jax.errors import Failure, UserError
+from dreamerv3_jax.errors import Failure, UserError, one_line
 from dreamerv3_jax.spaces import ArraySpec, BadRecord
 
 ENOUGH_STEPS = 1000  # without a failure, after which the next one is the first in a row
@@ -342,7 +342,7 @@ def failure(env_id: str, index: int | None, error: BaseException) -> UserError:
         return UserError(f'{which} returned {error}')
     frames = traceback.extract_tb(error.__traceback__)
     place = f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
-    text = ' '.join(str(error).split())
+    text = one_line(error)
     return UserError(f'{which} failed: {type(error).__name__}: {text}{place}.')
 
 
