@@ -56,8 +56,8 @@ class Agent:
         """
         self.observation_specs = dict(sorted(observation_specs.items()))
         self.action_specs = dict(sorted(action_specs.items()))
-        own = jax.local_devices()[:1]
-        self.mesh, self.acting = mesh or sharding.make_mesh(data=1, devices=own), acting
+        self.mesh = mesh or sharding.make_mesh(data=1, devices=jax.local_devices()[:1])
+        self.acting = acting
         device = self.mesh.devices.flat[0]
         if not isinstance(config, AgentConfig):
             config = AgentConfig.from_mapping(config)

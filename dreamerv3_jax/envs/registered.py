@@ -1,4 +1,4 @@
-"""What the suites that register their environments with gymnasium share."""
+"""Environments that are registered with gymnasium, as those of several suites are."""
 
 import re
 import warnings
