@@ -150,7 +150,8 @@ MISTAKES = (
     ),
     Mistake(
         'first Atari frame mixed with black or old ones', 'envs/atari.py',
-        'self._screens = [self._screen()]', 'self._screens = [*self._screens[-1:], self._screen()]',
+        'self._screens = [self._ale.getScreenRGB()]',
+        'self._screens = [*self._screens[-1:], self._ale.getScreenRGB()]',
         'test_suites.py -k first_frame',
     ),
     Mistake(

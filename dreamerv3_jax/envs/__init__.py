@@ -50,7 +50,7 @@ def make(
     settings = _settings(config, seed, render, restart, part)
     suite = suite_of(settings.id)
     if suite and suite.vector:
-        if config.vectorization not in ('auto', 'native'):
+        if suite.installed and config.vectorization not in ('auto', 'native'):
             raise UserError(
                 f'{settings.id} steps its environments together by itself; use '
                 "env.vectorization='auto'."
