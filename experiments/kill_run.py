@@ -110,7 +110,7 @@ def wait(
             time.sleep(0.005)
 
     if moment == 'start' and before is not None:
-        # Before it has the run it imports.
+        # Before that it imports, and holds nothing.
         wait_for(lambda: f'process {process.pid} ' in (folder / 'lock').read_text())
         time.sleep(rng.uniform(0, 5))
         return

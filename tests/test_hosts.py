@@ -5,6 +5,7 @@ import collections
 import contextlib
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -116,7 +117,7 @@ def test_a_lost_host_ends_the_others(counts, tmp_path, quick_compilation):
         for out, err, code in others:
             assert code == 1, out + err
             *more, sentence = err.splitlines()
-            assert sentence.startswith('dreamerv3-jax: Another host is gone'), err
+            assert re.match(LOST, sentence), err
             # JAX speaks above where it notices first: always to one that is no neighbour of the
             # lost one, and at a checkpoint, whose checksums are missing then.
             known = ('was taken unchecked', 'JAX distributed service')
@@ -125,6 +126,8 @@ def test_a_lost_host_ends_the_others(counts, tmp_path, quick_compilation):
     check_that_one_goes_on(tmp_path)
 
 
+# Where Python misses the other host, and where JAX aborts.
+LOST = r'dreamerv3-jax: Another host is gone( \(|, or this process failed, for the reason above; )'
 WAIT = """
 import os, pathlib, sys
 from jax._src import distributed
@@ -144,13 +147,13 @@ with hosts.together(), checkpoint._silence():  # as orbax waits for others about
 def test_a_host_ends_with_a_sentence_where_jax_would_abort_it(quick_compilation):
     """The first host is lost, which jax notices, while another waits for it in a barrier."""
     port = free_port()
-    with started(lambda index: ['-c', WAIT, str(index), '2', str(port)], 2, quick_compilation) as x:
+    with started(lambda index: ['-c', WAIT, str(index), '3', str(port)], 3, quick_compilation) as x:
         first, *others = ended(x)
     assert first[2] == -signal.SIGKILL, first
     for _, err, code in others:
         assert code == 1, err
         last = err.splitlines()[-1]
-        assert last.startswith('dreamerv3-jax: Another host is gone'), err
+        assert re.match(LOST, last), err
         assert last.endswith('to go on from the last checkpoint.')
 
 
