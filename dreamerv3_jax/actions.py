@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -59,19 +58,30 @@ def make_policy(
     return policy
 
 
-def sample(policy: Policy, key: chex.PRNGKey) -> Actions:
-    """Samples {name: [..., n]}, int32 classes or float32 numbers; the key is consumed here."""
-    actions = {}
-    for index, (name, part) in enumerate(sorted(policy.items())):
-        part_key = jax.random.fold_in(key, index)
+def components(specs: Mapping[str, ArraySpec]) -> int:
+    """How many numbers an action has, which is how many random ones `sample` takes."""
+    return sum(spec.shape[0] for spec in specs.values())
+
+
+def sample(policy: Policy, uniform: Array) -> Actions:
+    """Samples {name: [..., n]}, int32 classes or float32 numbers.
+
+    Args:
+      policy: from `make_policy`.
+      uniform: [..., components] independent numbers in [0, 1), by sorted names.
+    """
+    actions, start = {}, 0
+    for name, part in sorted(policy.items()):
+        count = len(part.log_probs) if isinstance(part, Categoricals) else part.mean.shape[-1]
+        own = uniform[..., start : start + count]
+        start += count
         if isinstance(part, Categoricals):
-            shape = (len(part.log_probs), *part.log_probs[0].shape[:-1])
-            pairs = zip(jax.random.uniform(part_key, shape), part.log_probs, strict=True)
+            pairs = zip(jnp.moveaxis(own, -1, 0), part.log_probs, strict=True)
             actions[name] = jnp.stack(
                 [distributions.categorical_sample(*pair) for pair in pairs], -1
             )
         else:
-            actions[name] = distributions.normal_sample(part_key, part.mean, part.std)
+            actions[name] = distributions.normal_sample(own, part.mean, part.std)
     return actions
 
 

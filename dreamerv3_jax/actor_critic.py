@@ -59,9 +59,9 @@ def imagine_trajectories(
     def value(critic: Params, latent: Latent) -> Array:
         return two_hot_mean(networks.critic(critic, latent.deter, rssm.flat(latent.stoch)), bins)
 
-    def act(latent: Latent, act_key: chex.PRNGKey) -> tuple[Array, tuple]:
+    def act(latent: Latent, uniform: Array) -> tuple[Array, tuple]:
         outputs = networks.actor(params['actor'], latent.deter, rssm.flat(latent.stoch))
-        actions = action_lib.sample(action_lib.make_policy(outputs, action_specs, config), act_key)
+        actions = action_lib.sample(action_lib.make_policy(outputs, action_specs, config), uniform)
         record = (actions, value(slow_critic, latent), *score(latent))
         return action_lib.flatten_actions(actions, action_specs), record
 
@@ -70,6 +70,7 @@ def imagine_trajectories(
         params['dynamics'],
         start,
         act,
+        action_lib.components(action_specs),
         config.imagination_length,
         key,
         unimix=config.unimix,

@@ -64,9 +64,18 @@ def categorical_log_prob(log_probs: Array, index: Array) -> Array:
     return jnp.sum(jax.nn.one_hot(index, log_probs.shape[-1]) * log_probs, -1)
 
 
-def normal_sample(key: chex.PRNGKey, mean: Array, std: Array) -> Array:
-    """Samples [...] from independent normals; the key is consumed here."""
-    return mean + std * jax.random.normal(key, mean.shape)
+def normal_sample(uniform: Array, mean: Array, std: Array) -> Array:
+    """Samples [...] from independent normals by inverting their cumulative distribution.
+
+    Args:
+      uniform: [...] independent numbers in [0, 1), one a sample.
+      mean: [...].
+      std: [...].
+    """
+    least = np.nextafter(np.float32(-1), np.float32(0))  # at -1 the inverse is infinite
+    return mean + std * np.float32(np.sqrt(2)) * jax.lax.erf_inv(
+        jnp.maximum(2 * uniform - 1, least)
+    )
 
 
 def normal_log_prob(mean: Array, std: Array, value: Array) -> Array:

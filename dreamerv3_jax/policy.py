@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from dreamerv3_jax import actions as action_lib
 from dreamerv3_jax import rssm
@@ -44,7 +45,9 @@ def act(
       The new state, the actions {name: [N, n]} (continuous ones not clipped) and the latent to
       store.
     """
-    latent_key, action_key = jax.random.split(key)
+    count, groups = state.latent.stoch.shape[:2]
+    numbers = jax.random.uniform(key, (count, groups + action_lib.components(action_specs)))
+    latent_uniform, action_uniform = jnp.split(numbers, [groups], -1)
     previous = action_lib.flatten_actions(state.action, action_specs)
     dynamics, dynamics_params = networks.dynamics, params['dynamics']
     tokens = networks.encoder(params['encoder'], observation)
@@ -55,10 +58,13 @@ def act(
         rssm.embed_previous_action(dynamics, dynamics_params, previous, is_first),
         dynamics(dynamics_params, tokens, method='embed_tokens'),
         is_first,
-        jax.random.uniform(latent_key, state.latent.stoch.shape[:-1]),
+        latent_uniform,
         unimix=config.unimix,
     )
     outputs = networks.actor(params['actor'], latent.deter, rssm.flat(latent.stoch))
     distribution = action_lib.make_policy(outputs, action_specs, config)
-    actions = action_lib.mode(distribution) if mode else action_lib.sample(distribution, action_key)
+    if mode:
+        actions = action_lib.mode(distribution)
+    else:
+        actions = action_lib.sample(distribution, action_uniform)
     return PolicyState(latent, actions), actions, rssm.store_latent(latent)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dreamerv3_jax import distributions
 from dreamerv3_jax.config import AgentConfig
+from dreamerv3_jax.nets import layers
 from dreamerv3_jax.networks import Network
 from dreamerv3_jax.types import Array, Latent, Params, StoredLatent
 
@@ -43,11 +44,6 @@ def store_latent(latent: Latent) -> StoredLatent:
 def _mask(keep: Array, x: Array) -> Array:
     """Zero where `keep` [N] is false, for x [N, ...]."""
     return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-
-
-def recompute(function: Callable) -> Callable:
-    """A function whose gradient computes what is inside again, so that a scan keeps inputs only."""
-    return jax.checkpoint(function, prevent_cse=False)
 
 
 def sample_latent(log_probs: Array, uniform: Array | None, dtype: jnp.dtype) -> Array:
@@ -101,7 +97,7 @@ def observe_step(
         log_posterior = distributions.unimix(logits.reshape(shape), unimix)
         return sample_latent(log_posterior, uniform, deter.dtype), log_posterior
 
-    stoch, log_posterior = recompute(sample)(logits, uniform)
+    stoch, log_posterior = layers.recompute(sample)(logits, uniform)
     return Latent(deter, stoch), log_posterior
 
 
@@ -251,7 +247,8 @@ def imagine(
     dynamics: Network,
     params: Params,
     start: Latent,
-    act: Callable[[Latent, chex.PRNGKey], tuple[Array, Any]],
+    act: Callable[[Latent, Array], tuple[Array, Any]],
+    components: int,
     length: int,
     key: chex.PRNGKey | None,
     *,
@@ -263,30 +260,32 @@ def imagine(
       dynamics: the `RSSMCell`.
       params: of the cell.
       start: [N, ...] latents, one trajectory from each.
-      act: maps a latent and a key to a flat action [N, A] and a tree [N, ...] to record. What
-        it computes there runs while the latent is in the cache.
+      act: maps a latent and random numbers [N, n] in [0, 1) to a flat action [N, A] and a tree
+        [N, ...] to record. What it computes there runs while the latent is in the cache.
+      components: n.
       length: H.
-      key: consumed here; None takes the most probable latents (and gives `act` a fixed key).
+      key: consumed here; None takes the most probable latents (and gives `act` numbers of 1/2).
       unimix: share of the uniform distribution.
 
     Returns:
       The latents [N, H, ...] from the start on, the last latent [N, ...] after them, and the
       records [N, H, ...].
     """
-    latent_key, act_key = jax.random.split(jax.random.key(0) if key is None else key)
-    uniform = None
-    if key is not None:
-        uniform = jax.random.uniform(latent_key, (length, *start.stoch.shape[:-1]))
+    count, groups = start.stoch.shape[:2]
+    if key is None:
+        uniform, act_uniform = None, jnp.full((length, count, components), 0.5)
+    else:  # all at once, as generators take many small operations
+        numbers = jax.random.uniform(key, (length, count, groups + components))
+        uniform, act_uniform = jnp.split(numbers, [groups], -1)
 
     def step(latent: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, Any]]:
-        step_uniform, step_key = inputs
-        flat_action, record = act(latent, step_key)
+        step_uniform, step_act_uniform = inputs
+        flat_action, record = act(latent, step_act_uniform)
         embedded = dynamics(params, flat_action, method='embed_action')
         following = imagine_step(dynamics, params, latent, embedded, step_uniform, unimix=unimix)
         return following, (latent, record)
 
-    act_keys = jax.random.split(act_key, length)
-    last, outputs = jax.lax.scan(step, start, (uniform, act_keys))
+    last, outputs = jax.lax.scan(step, start, (uniform, act_uniform))
     latents, records = jax.tree.map(lambda x: x.swapaxes(0, 1), outputs)
     return latents, last, records
 

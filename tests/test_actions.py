@@ -61,7 +61,7 @@ def test_mode_by_hand():
 
 def test_sample_of_certainty_is_the_mode():
     certain = policy(WITHOUT_UNIMIX, count=50, buttons=[0.0, 0.0, 1e5, -1e5, 0.0])
-    sample = actions.sample(certain, jax.random.key(0))
+    sample = actions.sample(certain, jax.random.uniform(jax.random.key(0), (50, 4)))
     assert sample['button'].dtype == jnp.int32 and sample['move'].dtype == jnp.float32
     assert sample['button'].shape == sample['move'].shape == (50, 2)
     np.testing.assert_array_equal(sample['button'], np.tile([2, 1], (50, 1)))
@@ -69,7 +69,8 @@ def test_sample_of_certainty_is_the_mode():
 
 def test_sample_has_the_frequencies_of_the_policy():
     count = 4000
-    sample = actions.sample(policy(WITHOUT_UNIMIX, count=count), jax.random.key(1))
+    uniform = jax.random.uniform(jax.random.key(1), (count, 4))
+    sample = actions.sample(policy(WITHOUT_UNIMIX, count=count), uniform)
     for component, probs in enumerate([np.array([0.25, 0.25, 0.5]), np.array([0.75, 0.25])]):
         counts = np.bincount(sample['button'][:, component], minlength=len(probs))
         # Within five deviations whatever the key.

@@ -2,10 +2,12 @@
 
 import functools
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 
 from dreamerv3_jax.nets import convolutions, layers
 from dreamerv3_jax.nets.convolutions import Conv
@@ -185,12 +187,31 @@ def test_rms_norm_is_computed_in_float32():
 
 
 @pytest.mark.parametrize('axis', [0, 1])
-def test_rms_norm_over_blocks(axis):
+def test_silu_of_rms_norm_over_blocks(axis):
     x, module = random(5, 12), RMSNorm(12)
     params = {'params': {'scale': random(12, seed=2)}}
-    blocks = module.apply(params, layers.to_blocks(x, 4, axis), axis, method='over_blocks')
-    close(layers.from_blocks(blocks, axis), module.apply(params, x))
+    blocks = module.apply(params, layers.to_blocks(x, 4, axis), axis, method='silu_over_blocks')
+    close(layers.from_blocks(blocks, axis), jax.nn.silu(module.apply(params, x)))
     close(module.apply(params, x), rms_norm(x) * params['params']['scale'][None])
+
+
+@given(st.floats(1e-6, 1e6))
+def test_inverse_root(x):
+    # 1 / sqrt(x), whose derivative is -1/2 x^-3/2.
+    value, gradient = jax.value_and_grad(layers.inverse_root)(np.float32(x))
+    np.testing.assert_allclose([value, gradient], [x**-0.5, -0.5 * x**-1.5], rtol=1e-5)
+
+
+def test_recomputing_keeps_inputs_and_norms():
+    def kept(function):
+        backward = jax.eval_shape(lambda x: jax.vjp(function, x)[1], random(2, 8))
+        return sorted(x.shape for x in jax.tree.leaves(backward) if x.shape[:1] == (2,))
+
+    def activate(x):
+        return layers.normalised_silu(x, jnp.ones(8), jnp.ones(8))
+
+    assert len(kept(activate)) > 3
+    assert kept(layers.recompute(activate)) == [(2, 1), (2, 8)]
 
 
 def test_hidden_layer_is_linear_norm_silu():

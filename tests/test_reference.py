@@ -105,7 +105,7 @@ def agent():
 def computed(agent):
     """Loss, gradients and latents: latents at their mode, actions half a deviation off the mean."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributions, 'normal_sample', lambda key, mean, std: mean + 0.5 * std)
+        patch.setattr(distributions, 'normal_sample', lambda uniform, mean, std: mean + 0.5 * std)
         params, slow_critic = small.parameters(agent)
         function = jax.jit(
             jax.value_and_grad(

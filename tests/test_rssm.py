@@ -9,6 +9,7 @@ import pytest
 from tiny_agent import ACTION_SPECS, CONFIG, OBSERVATION_SPECS, config, networks, parameters
 
 from dreamerv3_jax import distributions, rssm
+from dreamerv3_jax.nets import layers
 from dreamerv3_jax.networks import make_networks
 from dreamerv3_jax.types import Latent, StoredLatent
 
@@ -150,11 +151,12 @@ def test_imagine_is_a_loop_of_steps():
     start, params, dynamics = latent(2, seed=5), parameters()['dynamics'], networks().dynamics
     weights = random(D, A, seed=6)
 
-    def act(state, key):
+    def act(state, uniform):
+        assert uniform.shape == (2, 1)
         return jnp.tanh(state.deter @ weights), state.deter[:, 0]
 
     latents, last, record = jax.jit(
-        lambda start: rssm.imagine(dynamics, params, start, act, 3, None, **UNIMIX)
+        lambda start: rssm.imagine(dynamics, params, start, act, 1, 3, None, **UNIMIX)
     )(start)
     deter, stoch = (np.asarray(x, np.float64) for x in (start.deter, start.stoch))
     for t in range(4):
@@ -236,7 +238,7 @@ def test_batched_gradients_are_those_of_a_scan(platform, monkeypatch):
     )
 
 
-def test_recomputing_keeps_inputs_only():
+def test_recomputing_keeps_logits_only():
     def kept(function):
         backward = jax.eval_shape(lambda x: jax.vjp(function, x)[1], random(2, C))
         return [x.shape for x in jax.tree.leaves(backward) if x.shape == (2, C)]
@@ -245,7 +247,7 @@ def test_recomputing_keeps_inputs_only():
         return jnp.exp(distributions.unimix(logits, 0.01))
 
     assert len(kept(probabilities)) > 1
-    assert len(kept(rssm.recompute(probabilities))) == 1
+    assert len(kept(layers.recompute(probabilities))) == 1
 
 
 # Resets.
@@ -349,14 +351,16 @@ def test_noise_is_another_for_every_step_and_row():
         for name in ('prior_logits', 'posterior_logits')
     }
 
-    def act(state, key):
-        words = jax.random.key_data(key)
-        return jnp.zeros((rows, A)), jnp.broadcast_to(words, (rows, len(words)))
+    def act(state, uniform):
+        return jnp.zeros((rows, A)), uniform
 
     key = jax.random.key(0)
     dynamics = networks().dynamics
-    latents, last, keys = rssm.imagine(dynamics, params, latent(rows), act, STEPS, key, **UNIMIX)
-    assert len(np.unique(keys[0], axis=0)) == STEPS
+    latents, last, numbers = rssm.imagine(
+        dynamics, params, latent(rows), act, 3, STEPS, key, **UNIMIX
+    )
+    assert numbers.shape == (rows, STEPS, 3) and len(np.unique(numbers)) == numbers.size
+    assert numbers.min() >= 0 and numbers.max() < 1
     imagined = np.concatenate([latents.stoch[:, 1:], last.stoch[:, None]], 1)
     result = rssm.observe(dynamics, params, *inputs(), key, **UNIMIX)
     for stoch in (imagined, np.asarray(result.latent.stoch)):
@@ -373,9 +377,9 @@ def test_imagined_latents_are_one_percent_uniform(monkeypatch):
     layer = params['prior_logits']
     bias = jnp.where(jnp.arange(S * C) % C == 0, 1e6, 0.0)
     params = {**params, 'prior_logits': {'kernel': layer['kernel'], 'bias': bias}}
-    act = lambda state, key: (jnp.zeros((2, A)), ())  # noqa: E731
+    act = lambda state, uniform: (jnp.zeros((2, A)), ())  # noqa: E731
     _, last, _ = rssm.imagine(
-        networks().dynamics, params, latent(2), act, 1, jax.random.key(0), **UNIMIX
+        networks().dynamics, params, latent(2), act, 1, 1, jax.random.key(0), **UNIMIX
     )
     np.testing.assert_array_equal(last.stoch.argmax(-1), C - 1)
 
@@ -422,7 +426,7 @@ def test_scans_carry_the_compute_dtype(dtype, platform):
     assert result.log_posterior.dtype == result.log_prior.dtype == jnp.float32
     latents, last, _ = jax.eval_shape(
         lambda start: rssm.imagine(
-            dynamics, params, start, lambda *_: (jnp.zeros((4, A)), ()), 2, key, **UNIMIX
+            dynamics, params, start, lambda *_: (jnp.zeros((4, A)), ()), 1, 2, key, **UNIMIX
         ),
         start,
     )

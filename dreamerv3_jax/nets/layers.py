@@ -5,7 +5,8 @@ the module's `dtype`, normalisation in float32.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -150,9 +151,40 @@ def from_blocks(x: Array, axis: int = 0) -> Array:
     return jnp.concatenate(list(x), -1) if axis == 0 else x.reshape(x.shape[0], -1)
 
 
+def recompute(function: Callable) -> Callable:
+    """A function whose gradient computes again what is inside, except roots of norms.
+
+    A scan then keeps the inputs and these at every step, and writes no more. Outside of scans XLA
+    sees that the results are there already.
+    """
+
+    def kept(primitive: Any, *_: Any, **__: Any) -> bool:
+        return primitive.name == 'rsqrt'
+
+    return jax.checkpoint(function, prevent_cse=False, policy=kept)
+
+
+@jax.custom_jvp
+def inverse_root(x: Array) -> Array:
+    """One over the square root; its gradient needs the result only."""
+    return jax.lax.rsqrt(x)
+
+
+@inverse_root.defjvp
+def _inverse_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    result = jax.lax.rsqrt(*primals)
+    return result, -0.5 * result * result * result * tangents[0]
+
+
 def inverse_rms(x: Array, axes: tuple[int, ...]) -> Array:
     """One over the root mean square of float32 x over `axes`, which stay with size 1."""
-    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + RMS_EPSILON)
+    return inverse_root(jnp.mean(jnp.square(x), axes, keepdims=True) + RMS_EPSILON)
+
+
+def rms_norm(x: Array, axes: tuple[int, ...], scale: Array, dtype: jnp.dtype) -> Array:
+    """Divides by the root mean square over `axes`, in float32, and multiplies by `scale`."""
+    x = x.astype(jnp.float32)
+    return (x * inverse_rms(x, axes) * scale).astype(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -167,16 +199,16 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalises [..., features]; the epsilon 1e-4 stands inside the root."""
-        return self._normalise(x, (-1,), along_last(self.scale, x))
+        return rms_norm(x, (-1,), along_last(self.scale, x), self.dtype)
 
-    def over_blocks(self, x: Array, axis: int = 0) -> Array:
-        """Normalises [G, N, features / G], see `to_blocks`, over all features of each row."""
+    def silu_over_blocks(self, x: Array, axis: int = 0) -> Array:
+        """SiLU of normalised [G, N, features / G], see `to_blocks`, over all features of a row."""
+
+        def activate(x: Array, scale: Array) -> Array:
+            return nn.silu(rms_norm(x, (axis, 2), scale, self.dtype))
+
         scale = jnp.expand_dims(self.scale.reshape(x.shape[axis], -1), 1 - axis)
-        return self._normalise(x, (axis, 2), scale)
-
-    def _normalise(self, x: Array, axes: tuple[int, ...], scale: Array) -> Array:
-        x = x.astype(jnp.float32)
-        return (x * inverse_rms(x, axes) * scale).astype(self.dtype)
+        return recompute(activate)(x, scale)
 
 
 def normalised_silu(x: Array, bias: Array, scale: Array) -> Array:
@@ -212,7 +244,8 @@ class Hidden(nn.Module):
 
     def activate(self, summed_parts: Array) -> Array:
         """Finishes the layer from the sum of all parts [..., features]."""
-        x = normalised_silu(rows(summed_parts), self.linear.bias, self.norm.scale)
+        inputs = rows(summed_parts), self.linear.bias, self.norm.scale
+        x = recompute(normalised_silu)(*inputs)
         return x.reshape(summed_parts.shape)
 
     def __call__(self, *xs: Array) -> Array:

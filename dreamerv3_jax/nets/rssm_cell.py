@@ -9,6 +9,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
+from dreamerv3_jax.nets import layers
 from dreamerv3_jax.nets.layers import (
     MLP,
     BlockLinear,
@@ -97,11 +98,15 @@ class RSSMCell(nn.Module):
         shared = jnp.concatenate([self.deter_in(deter), self.stoch_in(stoch), action], -1)
         axis = self.blocks_axis
         blocks = to_blocks(deter, self.blocks, axis)
-        x = nn.silu(self.recurrent_norm.over_blocks(self.recurrent(blocks, shared), axis))
-        reset, candidate, update = jnp.split(self.gates(x), 3, -1)
-        candidate = jnp.tanh(nn.sigmoid(reset) * candidate)
-        update = nn.sigmoid(update - 1)
-        return from_blocks(update * candidate + (1 - update) * blocks, axis)
+        x = self.recurrent_norm.silu_over_blocks(self.recurrent(blocks, shared), axis)
+
+        def gated(gates: Array, blocks: Array) -> Array:
+            reset, candidate, update = jnp.split(gates, 3, -1)
+            candidate = jnp.tanh(nn.sigmoid(reset) * candidate)
+            update = nn.sigmoid(update - 1)
+            return update * candidate + (1 - update) * blocks
+
+        return from_blocks(layers.recompute(gated)(self.gates(x), blocks), axis)
 
     def prior(self, deter: Array) -> Array:
         """Logits [..., S, C] float32 of the latent as predicted from `deter` [..., D] alone."""

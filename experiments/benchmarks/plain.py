@@ -1,4 +1,4 @@
-"""The update as one would write it first: every optimisation by name, and the way to leave it out.
+"""The update as one would write it first: optimisations by name, and the way to leave each out.
 
 python -m experiments.benchmarks.plain [--size=size1m] [--kind='images 64x64x3'] [--runs=7]
 
@@ -113,8 +113,16 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
         'scan_with_batched_gradients',
         _scan,
     ),
-    'samples computed again for their gradients': ('rssm', 'recompute', lambda function: function),
-    'blocks of the recurrent model first': ('nets.rssm_cell', 'RSSMCell.sequence', _sequence),
+    'what lies between products computed again for gradients': (
+        'nets.layers',
+        'recompute',
+        lambda function: function,
+    ),
+    'blocks of the recurrent model first': (
+        'nets.rssm_cell',
+        'RSSMCell.sequence',
+        _sequence,
+    ),
     'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
 }
 SETTINGS = {
