@@ -56,7 +56,14 @@ def find_modules_here() -> None:
 
 
 def prepare() -> None:
-    """What the command line does before it imports jax."""
+    """What the command line does before it imports jax.
+
+    Raises:
+      UserError: `JAX_NUM_CPU_DEVICES` is no number of devices.
+    """
+    count = os.environ.get('JAX_NUM_CPU_DEVICES', '1')
+    if not count.isdecimal() or not int(count):
+        raise UserError(f'JAX_NUM_CPU_DEVICES is {count!r}; set it to 1 or more, or not at all.')
     tune_cpu()
     keep_compiled_programs()
 
@@ -138,11 +145,14 @@ def _only_cpu() -> bool:
     platforms = os.environ.get('JAX_PLATFORMS', '')
     if platforms:
         return platforms == 'cpu'
-    devices = glob.glob('/dev/nvidia[0-9]*') + glob.glob('/dev/accel*') + glob.glob('/dev/kfd')
-    # Newer TPUs are such devices, and so is other hardware; the compiler alone makes no TPU.
+    # Hardware counts with what JAX needs for it: laptops have GPUs that it cannot use, and the
+    # compiler alone makes no TPU. Under WSL a GPU is /dev/dxg.
+    patterns: list[str] = []
+    if importlib.util.find_spec('jax_plugins') is not None:
+        patterns += ['/dev/nvidia[0-9]*', '/dev/dxg', '/dev/kfd']
     if importlib.util.find_spec('libtpu') is not None:
-        devices += glob.glob('/dev/vfio/[0-9]*')
-    return not devices
+        patterns += ['/dev/accel[0-9]*', '/dev/vfio/[0-9]*']
+    return not any(map(glob.glob, patterns))
 
 
 def _cores() -> int:

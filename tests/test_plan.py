@@ -1,6 +1,7 @@
 """`dreamerv3-jax plan`: topologies, exchanges in a program's text, and figures of real updates."""
 
 import dataclasses
+import fnmatch
 import importlib.util
 import itertools
 import json
@@ -357,11 +358,30 @@ def test_a_plan_for_a_tpu():
         assert words in result.stdout
 
 
-def test_the_compiler_alone_is_no_tpu(monkeypatch):
+@pytest.mark.parametrize(
+    ('module', 'device'),
+    [
+        ('libtpu', '/dev/vfio/0'),
+        ('libtpu', '/dev/accel0'),
+        ('jax_plugins', '/dev/nvidia0'),
+        ('jax_plugins', '/dev/dxg'),
+        ('jax_plugins', '/dev/kfd'),
+    ],
+)
+def test_only_hardware_that_jax_can_use_is_an_accelerator(module, device, monkeypatch):
     monkeypatch.delenv('JAX_PLATFORMS', raising=False)
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
-    for found, only_cpu in (('', True), ('/dev/vfio/[0-9]*', False), ('/dev/accel*', False)):
+    for installed, there, only_cpu in (
+        (module, device, False),
+        (module, '/dev/nvidiactl', True),
+        (module, '/dev/accel', True),
+        ('', device, True),
+    ):
         monkeypatch.setattr(
-            startup.glob, 'glob', lambda pattern, found=found: [0] * (pattern == found)
+            importlib.util,
+            'find_spec',
+            lambda name, found=installed: found if name == found else None,
+        )
+        monkeypatch.setattr(
+            startup.glob, 'glob', lambda pattern, found=there: fnmatch.filter([found], pattern)
         )
         assert startup._only_cpu() == only_cpu
