@@ -73,6 +73,8 @@ class TestLab:
         for name in (*dmlab.LEVELS, *dmlab.TEST_LEVELS):
             with make(f'dmlab/{name}') as env:
                 assert env.reset().is_first.all()
+            seed = RecordedLabContract.latest.config.get('mixerSeed')
+            assert seed == (str(0x600D5EED) if name in dmlab.TEST_LEVELS else None)
         with pytest.raises(UserError, match='did you mean .*rooms_watermaze'):
             make('dmlab/rooms_watermase')
 

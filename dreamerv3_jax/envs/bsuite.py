@@ -44,7 +44,7 @@ def make(name: str, *, mnist: str = '') -> gymnasium.Env:
         )
     family = name.partition('/')[0]
     if family.startswith('mnist'):
-        _use_mnist(mnist or os.environ.get('BSUITE_MNIST', ''))
+        _use_mnist(os.path.expanduser(mnist or os.environ.get('BSUITE_MNIST', '')))
     return BehaviourTask(bsuite.load(family, sweep.SETTINGS[name]))
 
 

@@ -1,7 +1,8 @@
 """DeepMind Lab: the 30 first-person levels of DMLab-30.
 
 `dmlab/<level>`, for example `dmlab/rooms_watermaze`. Observes the 'image' and the level's
-'instruction' as numbers (see `envs/text.py`), and acts with 15 combinations of looking, moving and
+'instruction' as numbers (see `envs/text.py`; the published code leaves it out where the name of a
+level does not begin with `language`), and acts with 15 combinations of looking, moving and
 firing (Hessel et al., 2018). Two levels have a version for training and one for testing on other
 objects, such as `dmlab/rooms_exploit_deferred_effects_train`.
 
@@ -11,6 +12,7 @@ is terminated. DeepMind Lab gives no observation after the end, so that the last
 The package must be built by the user, and only its documented interface is used here.
 """
 
+import os
 from typing import Any
 
 import deepmind_lab
@@ -52,6 +54,8 @@ LEVELS = (
     'skymaze_irreversible_path_hard',
     'skymaze_irreversible_path_varied',
 )
+# Other layouts than in training, those that the published agents are tested on.
+_TEST_SEED = str(0x600D5EED)
 TEST_LEVELS = ('rooms_collect_good_objects_test', 'rooms_exploit_deferred_effects_test')
 
 # What an action sets; all else is 0. Looking is in pixels of a mouse per frame.
@@ -105,9 +109,9 @@ def make(
         raise UserError(f'There is no level {name!r} in DMLab-30' + nearest(name, levels))
     config = {'width': str(image_size or 64), 'height': str(image_size or 64)}
     if dataset:
-        config['datasetPath'] = dataset
+        config['datasetPath'] = os.path.expanduser(dataset)
     if name in TEST_LEVELS:  # which else refuse to be played
-        config['allowHoldOutLevels'] = 'true'
+        config |= {'allowHoldOutLevels': 'true', 'mixerSeed': _TEST_SEED}
     lab = deepmind_lab.Lab(
         f'contributed/dmlab30/{name}', [_IMAGE, _INSTRUCTION, _REMAINING], config, renderer
     )
