@@ -248,6 +248,7 @@ ENTRY %main (a: f32[2,2], b: bf16[2,2]) -> f32[2,2] {
         '%x = f32[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}': 'products of float32',
         '%x = f64[2,2]{1,0} convert(%a)': 'float64',
         '%x = f32[2]{0} gather(%a, %a), offset_dims={0}': 'gathers or scatters',
+        '%x = f32[2]{0} select-and-scatter(%a, %a, %a), to_apply=%f': 'gathers or scatters',
         '%x = f32[2]{0} custom-call(%a), custom_call_target="xla_python_cpu_callback"': (
             'calls of the host'
         ),

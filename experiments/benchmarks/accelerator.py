@@ -1,6 +1,6 @@
 """Compiles the update for a TPU that is not here, as it is and as one would write it first.
 
-pip install libtpu  # the version that jax[tpu] asks for
+pip install 'libtpu==0.0.42.*'  # for jax 0.10.2
 python -m experiments.benchmarks.accelerator [--output=FOLDER] [CASE ...]
 
 For one TPU v5e and bfloat16: the memory for temporaries and the bytes read and written of one
@@ -12,6 +12,7 @@ import argparse
 import importlib.metadata
 import pathlib
 import re
+import sys
 from typing import Any
 
 from dreamerv3_jax import program
@@ -26,7 +27,7 @@ UNWANTED = {
     'float64': r'\bf64\[',
     'calls of the host': r' (?:infeed|outfeed|send|recv)\(|custom_call_target="[^"]*callback',
     'shapes known at run time only': r'<=\d+\]',
-    'gathers or scatters': r' (?:gather|scatter)\(',
+    'gathers or scatters': r' (?:gather|(?:select-and-)?scatter)\(',
 }
 
 
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument('cases', nargs='*', choices=[*CASES, []], default=[], metavar='CASE')
     parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path(__file__).parent)
     options = parser.parse_args()
+    if options.cases and options.output.resolve() == pathlib.Path(__file__).parent.resolve():
+        sys.exit('The committed table holds all cases; choose another folder with --output.')
 
     from dreamerv3_jax import startup
 

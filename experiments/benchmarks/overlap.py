@@ -2,7 +2,8 @@
 
 python -m experiments.benchmarks.overlap [--ticks=300] [--output=FILE]
 
-The loop is the real one, with pictures of 64x64x3, a size1m policy, and 16 environments in
+The loop is the real one, in the order that it has on a CPU (an accelerator is given the next update
+before the one before is awaited), with pictures of 64x64x3, a size1m policy, and 16 environments in
 processes of their own whose steps sleep for 5 ms. The update is not real: it sleeps, as the host
 does while an accelerator computes, for a time that is given, and so leaves the cores to the loop as
 an accelerator would. It begins when acting is done, as an accelerator does one thing after the

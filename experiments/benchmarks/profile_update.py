@@ -37,7 +37,6 @@ PARTS = (
     ('jvp', 'losses and sampling'),
 )
 LOOPS = {15: 'in imagination', 64: 'along the sequence'}  # by their length
-LOOPLESS = ('encoder', 'decoder')  # but for the gradients of kernels, chunk by chunk
 COLUMNS = ('ms', 'share', 'GFLOP', 'of peak', 'GB', 'of bandwidth', 'least ms')
 
 
@@ -47,9 +46,9 @@ def part_of(name: str, where: str, calls: float) -> str:
         return 'waiting for other cores'
     part = next((part for word, part in PARTS if word in where), 'copies and the rest')
     loop = next((text for length, text in LOOPS.items() if abs(calls - length) < 2), '')
-    if 'while' in where and loop and part not in LOOPLESS:
+    if 'while' in where and loop:
         return f'{part}, {loop}'
-    return part + (', backward' if 'transpose(' in where or 'while' in where else '')
+    return part + (', backward' if 'transpose(' in where else '')
 
 
 def profile(
