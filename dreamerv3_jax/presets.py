@@ -12,6 +12,7 @@ import ml_collections
 from dreamerv3_jax import configs, startup
 from dreamerv3_jax.configs import base
 from dreamerv3_jax.errors import UserError, nearest
+from dreamerv3_jax.settings import path_of
 
 
 def names() -> list[str]:
@@ -48,7 +49,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     source, size = split_spec(spec)
     if spec.endswith(':'):
         raise UserError(f'{spec!r} lacks a size; choose one of {", ".join(base.SIZES)}.')
-    module = _file_module(Path(source).expanduser()) if _is_path(source) else _preset_module(source)
+    module = _file_module(path_of(source)) if _is_path(source) else _preset_module(source)
     get_config = getattr(module, 'get_config', None)
     if not callable(get_config):
         raise UserError(f'{source} must define get_config().')

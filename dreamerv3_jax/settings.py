@@ -129,7 +129,7 @@ def run_folder(config: ml_collections.ConfigDict, preset: str) -> Path:
     if config.logdir:
         return path_of(config.logdir)
     environment = re.sub(r'[^\w.-]+', '_', config.env.id)
-    return Path('runs') / f'{preset}-{environment}-{config.size}-seed{config.seed}'
+    return path_of(f'runs/{preset}-{environment}-{config.size}-seed{config.seed}')
 
 
 def path_of(name: str) -> Path:

@@ -112,10 +112,14 @@ def picture(env: VectorEnvironment, records: Records) -> np.ndarray:
     """Returns what the first environment shows: its own rendering, or an image that it observes.
 
     Raises:
-      UserError: it does neither.
+      UserError: it does neither, or what it draws is no picture.
     """
     drawn = env.render()
     if drawn is not None:
+        if drawn.ndim != 3 or drawn.shape[-1] not in (3, 4):
+            raise UserError(
+                f'render() returns an array of shape {drawn.shape}; a picture is [H, W, 3].'
+            )
         return drawn
     for name, spec in env.observation_specs.items():
         if spec.kind == 'image':

@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import importlib.util
 import io
 import os
 import shlex
@@ -19,6 +20,7 @@ import ml_collections
 import numpy as np
 import pytest
 import tiny_runs
+import toy_envs
 
 import dreamerv3_jax
 from dreamerv3_jax import checkpoint, cli, env_report, presets, settings
@@ -166,6 +168,7 @@ def mistake(capsys, *arguments):
             f'train --config=quickstart --config.logdir={"x" * 300}',
             'can be used: File name too long.',
         ),
+        ('train --config=~nobody.here/my.py', "'~nobody.here/my.py' is no path that can be used"),
         ('evaluate rnu', 'There is no run folder rnu; did you mean run?'),
         ('evaluate run/deeper', 'There is no run folder run/deeper.'),
         ('evaluate run more', "'more' is one argument too many"),
@@ -276,6 +279,9 @@ def test_mistakes_about_paths(capsys, folder, trained):
     assert 'a.py cannot be read' in mistake(capsys, 'train', '--config=a.py')
     arguments = ('train', '--config=quickstart', '--config.logdir=quick.py')
     assert 'quick.py is a file' in mistake(capsys, *arguments)
+    (folder / 'runs').mkdir()
+    arguments = ('train', '--config=quickstart', f'--config.env.id={"x" * 300}:y')
+    assert 'can be used: File name too long.' in mistake(capsys, *arguments)
 
 
 def test_mistakes_found_later_have_the_same_form(capsys, monkeypatch, trained):
@@ -584,6 +590,14 @@ def test_envs_without_a_video(monkeypatch, capsys, folder):
     assert capsys.readouterr().out.splitlines()[-1] == (
         'no video     This environment draws no pictures, so that there can be no video.'
     )
+    monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: np.zeros((4, 6), np.uint8))
+    assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'no video     render() returns an array of shape (4, 6); a picture is [H, W, 3].'
+    )
+    monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: None)
+    assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0
+    assert 'no video     This environment draws no pictures' in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, 'imageio', None)
     assert cli.main(['envs', 'CartPole-v1']) == 0
     assert 'no video     Videos need imageio; in the clone, pip' in capsys.readouterr().out
@@ -592,8 +606,12 @@ def test_envs_without_a_video(monkeypatch, capsys, folder):
     assert not list(folder.iterdir())
 
 
-def test_envs_knows_what_is_missing(monkeypatch, capsys):
+def test_envs_knows_what_is_missing(monkeypatch, capsys, folder):
     monkeypatch.setitem(registry.SUITES, 'no', Suite('No', 'no_such', ('x',), install='pip it'))
+    assert 'no/x needs a package that is not installed: pip it' in mistake(capsys, 'envs', 'no/x')
+    (folder / 'no_such').mkdir()  # a clone, say, in which the package lies deeper
+    monkeypatch.syspath_prepend(folder)
+    assert importlib.util.find_spec('no_such')
     assert 'no/x needs a package that is not installed: pip it' in mistake(capsys, 'envs', 'no/x')
 
 

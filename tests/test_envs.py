@@ -148,6 +148,26 @@ def test_native_reset_ticks_mean_nothing_else():
         assert stream_of(env, 40) == expected
 
 
+@pytest.mark.parametrize(
+    ('odd', 'sentence'),
+    [
+        ('rewards', r'returned rewards of shape \(2, 1\), not \(2,\)\.'),
+        ('flags', r'returned flags of shape \(2, 1\), not \(2,\)\.'),
+        ('logs', 'TypeError'),
+        ('keys', None),
+    ],
+)
+def test_native_environments_that_return_something_odd(odd, sentence):
+    kwargs = {'odd': odd, 'length': 1}
+    with make('ToyCounter-v0', vectorization='native', kwargs=kwargs, num_envs=2) as env:
+        env.reset()
+        if sentence is None:
+            assert env.step({'action': np.zeros((2, 1), np.int32)})[0].is_last.all()
+            return
+        with pytest.raises(Failure, match=sentence):
+            env.step({'action': np.zeros((2, 1), np.int32)})
+
+
 def test_native_needs_resets_and_no_repeat():
     with pytest.raises(UserError, match='does not reset itself'):
         make('ToyCounter-v0', vectorization='native', kwargs={'autoreset': 'Disabled'})
@@ -764,7 +784,7 @@ def test_an_environment_that_cannot_even_be_closed(monkeypatch):
     monkeypatch.setattr(toy_envs.Counter, 'close', close)
     with make(kwargs={'length': 9, 'fail_at': 1}, restart=False) as env:
         env.reset()
-        with pytest.raises(UserError, match='the robot fell over') as caught:
+        with pytest.raises(Failure, match='the robot fell over') as caught:
             env.step(ZEROS)
     assert isinstance(caught.value.__cause__, ValueError)
 

@@ -197,10 +197,28 @@ class Junk(SyncVectorEnv):
         return observation, reward + 99 * resets, terminated | resets, truncated, info
 
 
+class Odd(SyncVectorEnv):
+    """Returns rewards in columns, as some simulators do, or logs that are of no environment."""
+
+    what = ''
+
+    def step(self, actions: Any) -> Any:
+        observation, reward, terminated, truncated, info = super().step(actions)
+        if self.what == 'rewards':
+            reward = reward[:, None]
+        elif self.what == 'flags':
+            truncated = truncated[:, None]
+        elif self.what == 'logs':
+            info = {'log/x': 0.7}
+        elif self.what == 'keys':
+            info = {3: reward}
+        return observation, reward, terminated, truncated, info
+
+
 def native_counter(
-    num_envs: int, autoreset: str = 'NextStep', junk: bool = False, **kwargs: Any
+    num_envs: int, autoreset: str = 'NextStep', junk: bool = False, odd: str = '', **kwargs: Any
 ) -> SyncVectorEnv:
-    kind = Junk if junk else SyncVectorEnv
+    kind = Junk if junk else type('Odd', (Odd,), {'what': odd}) if odd else SyncVectorEnv
     return kind([lambda: Counter(**kwargs)] * num_envs, autoreset_mode=autoreset)
 
 

@@ -24,7 +24,7 @@ from dreamerv3_jax.envs.stream import (
 )
 from dreamerv3_jax.envs.vector import VectorEnvironment, close_quietly, failure
 from dreamerv3_jax.errors import Failure, UserError
-from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
+from dreamerv3_jax.spaces import ActionAdapter, BadRecord, ObservationAdapter
 
 
 class Native(VectorEnvironment):
@@ -82,25 +82,31 @@ class Native(VectorEnvironment):
 
     def _step(self, actions: dict[str, np.ndarray]) -> tuple[Records, FinalRecords | None]:
         with self._readable_failures():
-            observation, reward, terminated, truncated, info = self._env.step(
-                self._actions.convert(actions)
-            )
-        reward, terminated = np.asarray(reward, np.float32), np.asarray(terminated, bool)
-        ended = terminated | np.asarray(truncated, bool)
+            observation, reward, *flags, info = self._env.step(self._actions.convert(actions))
+            reward = self._per_environment('rewards', reward, np.float32)
+            terminated, truncated = (self._per_environment('flags', x, bool) for x in flags)
+        ended = terminated | truncated
         if self._same_step:
             records = self._records(observation, np.where(ended, 0.0, reward), first=ended)
             return records, self._finals(info, reward, terminated, ended)
         first = self._ended  # the action of this tick was ignored, and so are the flags
         self._ended = ended & ~first
         reward = np.where(first, 0.0, reward)  # some repeat the last one there
-        for row in np.flatnonzero(self._ended).tolist():
-            self._add_logs(episode_logs(_row_of_info(info, row)))
+        with self._readable_failures():
+            for row in np.flatnonzero(self._ended).tolist():
+                self._add_logs(episode_logs(_row_of_info(info, row)))
         return (
             self._records(
                 observation, reward, first=first, last=self._ended, terminal=terminated & ~first
             ),
             None,
         )
+
+    def _per_environment(self, what: str, values: Any, dtype: type) -> np.ndarray:
+        values = np.asarray(values, dtype)
+        if values.shape != (self.num_envs,):
+            raise BadRecord(f'{what} of shape {values.shape}, not {(self.num_envs,)}.')
+        return values
 
     def _finals(
         self, info: dict[str, Any], reward: np.ndarray, terminated: np.ndarray, ended: np.ndarray
@@ -184,7 +190,9 @@ def _row_of_info(info: dict[str, Any], row: int) -> dict[str, Any]:
     return {
         key: values[row]
         for key, values in info.items()
-        if key.startswith('log/') and (f'_{key}' not in info or info[f'_{key}'][row])
+        if isinstance(key, str)
+        and key.startswith('log/')
+        and (f'_{key}' not in info or info[f'_{key}'][row])
     }
 
 

@@ -94,7 +94,11 @@ class Processes(Restartable):
         if any(other[:2] != self._specs for other in descriptions):
             self.close()
             raise different_spaces(settings.id)
-        self._block = _shared_file(_bytes(*self._specs, self.num_envs))
+        try:
+            self._block = _shared_file(_bytes(*self._specs, self.num_envs))
+        except UserError:
+            self.close()
+            raise
         self._records, self._actions = _map_arrays(self._block, *self._specs, self.num_envs)
         for row in rows:
             self._share(row)

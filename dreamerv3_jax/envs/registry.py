@@ -51,7 +51,11 @@ class Suite:
     @property
     def installed(self) -> bool:
         """Whether the package is there."""
-        return importlib.util.find_spec(self.package) is not None
+        spec = importlib.util.find_spec(self.package)
+        if spec is None:
+            return False
+        mere_folder = spec.origin is None and spec.submodule_search_locations is not None
+        return not mere_folder
 
 
 _SUITES = {

@@ -141,7 +141,8 @@ class Stream:
         """Returns the current picture, [H, W, 3] `uint8`, or None if the environment draws none."""
         if self._env.render_mode != 'rgb_array':
             return None
-        return np.asarray(self._env.render())
+        drawn = self._env.render()
+        return None if drawn is None else np.asarray(drawn)
 
     def close(self) -> None:
         """Releases the environment."""

@@ -250,8 +250,12 @@ class InProcess(Restartable):
         super().__init__(settings)
         self._command = ''
         self._streams = [first] if first else []
-        while len(self._streams) < self.num_envs:
-            self._streams.append(open_stream(settings, len(self._streams)))
+        try:
+            while len(self._streams) < self.num_envs:
+                self._streams.append(open_stream(settings, len(self._streams)))
+        except UserError:
+            self.close()
+            raise
         self.observation_specs = self._streams[0].observation_specs
         self.action_specs = self._streams[0].action_specs
         self.messages = self._streams[0].messages
@@ -339,11 +343,11 @@ def failure(env_id: str, index: int | None, error: BaseException) -> UserError:
         return error
     which = env_id if index is None else f'Environment {index} of {env_id}'
     if isinstance(error, BadRecord):
-        return UserError(f'{which} returned {error}')
+        return Failure(f'{which} returned {error}')
     frames = traceback.extract_tb(error.__traceback__)
     place = f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
     text = one_line(error)
-    return UserError(f'{which} failed: {type(error).__name__}: {text}{place}.')
+    return Failure(f'{which} failed: {type(error).__name__}: {text}{place}.')
 
 
 def close_quietly(env: Stream | gymnasium.Env | VectorEnv) -> None:
