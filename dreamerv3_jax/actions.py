@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -82,6 +83,7 @@ def sample(policy: Policy, uniform: Array) -> Actions:
             )
         else:
             actions[name] = distributions.normal_sample(own, part.mean, part.std)
+    chex.assert_axis_dimension(uniform, -1, start)
     return actions
 
 

@@ -61,8 +61,8 @@ def prepare() -> None:
     Raises:
       UserError: `JAX_NUM_CPU_DEVICES` is no number of devices.
     """
-    count = os.environ.get('JAX_NUM_CPU_DEVICES', '1')
-    if not count.isdecimal() or not int(count):
+    count = os.environ.get('JAX_NUM_CPU_DEVICES', '-1')  # which is JAX's default
+    if count != '-1' and not (count.isdecimal() and int(count)):
         raise UserError(f'JAX_NUM_CPU_DEVICES is {count!r}; set it to 1 or more, or not at all.')
     tune_cpu()
     keep_compiled_programs()

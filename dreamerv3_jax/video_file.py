@@ -116,11 +116,12 @@ def picture(env: VectorEnvironment, records: Records) -> np.ndarray:
     """
     drawn = env.render()
     if drawn is not None:
-        if drawn.ndim != 3 or drawn.shape[-1] not in (3, 4):
+        image = drawn[..., None] if drawn.ndim == 2 else drawn
+        if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
             raise UserError(
                 f'render() returns an array of shape {drawn.shape}; a picture is [H, W, 3].'
             )
-        return drawn
+        return colours(image) if image.shape[-1] == 1 else image
     for name, spec in env.observation_specs.items():
         if spec.kind == 'image':
             return colours(records.observation[name][0])

@@ -34,7 +34,7 @@ MISTAKES = (
     ),
     Mistake(
         'gradient of the norm left out', 'nets/layers.py',
-        'y * inverse_rms(y, (-1,))', 'y * jax.lax.stop_gradient(inverse_rms(y, (-1,)))',
+        'x * inverse_rms(x, axes)', 'x * jax.lax.stop_gradient(inverse_rms(x, axes))',
         'test_layers.py',
     ),
     Mistake(

@@ -590,10 +590,10 @@ def test_envs_without_a_video(monkeypatch, capsys, folder):
     assert capsys.readouterr().out.splitlines()[-1] == (
         'no video     This environment draws no pictures, so that there can be no video.'
     )
-    monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: np.zeros((4, 6), np.uint8))
+    monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: np.zeros(4, np.uint8))
     assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        'no video     render() returns an array of shape (4, 6); a picture is [H, W, 3].'
+        'no video     render() returns an array of shape (4,); a picture is [H, W, 3].'
     )
     monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: None)
     assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0

@@ -153,7 +153,7 @@ def test_native_reset_ticks_mean_nothing_else():
     [
         ('rewards', r'returned rewards of shape \(2, 1\), not \(2,\)\.'),
         ('flags', r'returned flags of shape \(2, 1\), not \(2,\)\.'),
-        ('logs', 'TypeError'),
+        ('logs', "returned a log 'log/x' that is not of each environment"),
         ('keys', None),
     ],
 )
@@ -775,6 +775,18 @@ def test_every_life_has_its_own_seed(monkeypatch):
             env.step(ZEROS)
             assert env.pop_restarts() == 2
     assert len(set(seeds)) == len(seeds) == 2 + 6
+
+
+@pytest.mark.parametrize(
+    ('vectorization', 'failure', 'words'),
+    [('sync', 'quit', 'SystemExit'), ('async', 'exit', 'its process ended')],
+)
+def test_an_environment_that_ends_while_evaluated_is_no_mistake(vectorization, failure, words):
+    kwargs = {'length': 9, 'fail_at': 1, 'failure': failure}
+    with make(vectorization=vectorization, kwargs=kwargs, restart=False) as env:
+        env.reset()
+        with pytest.raises(Failure, match=words):
+            env.step(ZEROS)
 
 
 def test_an_environment_that_cannot_even_be_closed(monkeypatch):

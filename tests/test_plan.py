@@ -375,6 +375,7 @@ def test_only_hardware_that_jax_can_use_is_an_accelerator(module, device, monkey
         (module, '/dev/nvidiactl', True),
         (module, '/dev/accel', True),
         ('', device, True),
+        ('libtpu' if module == 'jax_plugins' else 'jax_plugins', device, True),
     ):
         monkeypatch.setattr(
             importlib.util,

@@ -84,6 +84,34 @@ def test_the_mode_is_the_most_probable_action(seed):
     jax.tree.map(np.testing.assert_array_equal, previous, chosen)
 
 
+def test_latents_and_actions_are_sampled_by_numbers_of_their_own(monkeypatch):
+    taken = []
+    observe_step, sample = rssm.observe_step, actions.sample
+
+    def counted(key, shape):
+        return (jnp.arange(np.prod(shape), dtype=jnp.float32) / np.prod(shape)).reshape(shape)
+
+    def recorded_step(*arguments, unimix):
+        taken.append(arguments[-1])
+        return observe_step(*arguments, unimix=unimix)
+
+    def recorded_sample(distribution, uniform):
+        taken.append(uniform)
+        return sample(distribution, uniform)
+
+    monkeypatch.setattr(jax.random, 'uniform', counted)
+    monkeypatch.setattr(rssm, 'observe_step', recorded_step)
+    monkeypatch.setattr(actions, 'sample', recorded_sample)
+    compiled.__wrapped__(False).__wrapped__(
+        tiny.parameters(), state(), tiny.observations(COUNT), np.zeros(COUNT, bool), None
+    )
+    of_latents, of_actions = taken
+    assert of_latents.shape == (COUNT, tiny.CONFIG.stoch)
+    assert of_actions.shape == (COUNT, actions.components(tiny.ACTION_SPECS))
+    both = np.concatenate(taken, -1)
+    assert len(np.unique(both)) == both.size
+
+
 def test_a_sample_is_not_the_mode():
     (latent, previous), chosen, _ = act()
     mean = distribution(tiny.parameters(), latent)[CONTINUOUS].mean

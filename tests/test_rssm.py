@@ -238,6 +238,12 @@ def test_batched_gradients_are_those_of_a_scan(platform, monkeypatch):
     )
 
 
+def test_a_scan_keeps_products_and_norms_only():
+    backward = jax.eval_shape(lambda: jax.vjp(lambda x: observe(*x, parameters()), inputs())[1])
+    kept = [x.shape for x in jax.tree.leaves(backward) if x.shape[:1] == (STEPS,)]
+    assert len(kept) <= 18, kept  # 49 where nothing is computed again
+
+
 def test_recomputing_keeps_logits_only():
     def kept(function):
         backward = jax.eval_shape(lambda x: jax.vjp(function, x)[1], random(2, C))
@@ -341,6 +347,30 @@ def test_prior_and_posterior_are_one_percent_uniform():
         np.testing.assert_allclose(jnp.exp(log_probs).sum(-1), 1, rtol=1e-5)
         np.testing.assert_allclose(jnp.exp(log_probs).min(), 0.01 / C, rtol=1e-3)
         np.testing.assert_allclose(jnp.exp(log_probs).max(), 0.99 + 0.01 / C, rtol=1e-3)
+
+
+def counted(key, shape):
+    return (jnp.arange(np.prod(shape), dtype=jnp.float32) / np.prod(shape)).reshape(shape)
+
+
+def test_latents_and_actions_are_imagined_by_numbers_of_their_own(monkeypatch):
+    monkeypatch.setattr(jax.random, 'uniform', counted)
+
+    def imagine_step(dynamics, params, state, action, uniform, *, unimix):
+        return state._replace(deter=state.deter.at[:, :S].set(uniform))
+
+    def act(state, uniform):
+        return jnp.zeros((4, A)), uniform
+
+    monkeypatch.setattr(rssm, 'imagine_step', imagine_step)
+    arguments = networks().dynamics, parameters()['dynamics'], latent(4), act, 3, STEPS
+    latents, last, of_actions = rssm.imagine(*arguments, jax.random.key(0), **UNIMIX)
+    of_latents = np.concatenate([latents.deter[:, 1:], last.deter[:, None]], 1)[..., :S]
+    assert of_latents.shape == (4, STEPS, S) and of_actions.shape == (4, STEPS, 3)
+    both = np.concatenate([of_latents, of_actions], -1)
+    assert len(np.unique(both)) == both.size
+    monkeypatch.setattr(rssm, 'imagine_step', lambda *arguments, unimix: arguments[2])
+    assert np.all(rssm.imagine(*arguments, None, **UNIMIX)[2] == 0.5)
 
 
 def test_noise_is_another_for_every_step_and_row():

@@ -186,9 +186,20 @@ def _make_registered(settings: Settings) -> VectorEnv:
 
 
 def _row_of_info(info: dict[str, Any], row: int) -> dict[str, Any]:
-    """Returns what one environment logs: gymnasium marks under '_<key>' which ones have the key."""
+    """Returns what one environment logs: gymnasium marks under '_<key>' which ones have the key.
+
+    Raises:
+      BadRecord: a log is not of each environment.
+    """
+
+    def own(key: str, values: Any) -> Any:
+        try:
+            return values[row]
+        except (TypeError, LookupError) as error:
+            raise BadRecord(f'a log {key!r} that is not of each environment.') from error
+
     return {
-        key: values[row]
+        key: own(key, values)
         for key, values in info.items()
         if isinstance(key, str)
         and key.startswith('log/')

@@ -223,7 +223,7 @@ def normalised_silu(x: Array, bias: Array, scale: Array) -> Array:
       [N, n] in the dtype of x.
     """
     y = x.astype(jnp.float32) + bias[None]
-    return nn.silu(y * inverse_rms(y, (-1,)) * scale[None]).astype(x.dtype)
+    return nn.silu(rms_norm(y, (-1,), scale[None], jnp.float32)).astype(x.dtype)
 
 
 class Hidden(nn.Module):

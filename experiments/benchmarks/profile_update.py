@@ -26,7 +26,6 @@ NAME = 'experiments.benchmarks.profile_update'  # of this module, however it was
 # The part of the agent by a word in an operation's name; the first that fits counts.
 PARTS = (
     ('(_uniform', 'random numbers'),
-    ('(_normal', 'random numbers'),
     ('Encoder', 'encoder'),
     ('Decoder', 'decoder'),
     ('Actor', 'actor'),
