@@ -54,9 +54,8 @@ LEVELS = (
     'skymaze_irreversible_path_hard',
     'skymaze_irreversible_path_varied',
 )
-# Other layouts than in training, those that the published agents are tested on.
-_TEST_SEED = str(0x600D5EED)
 TEST_LEVELS = ('rooms_collect_good_objects_test', 'rooms_exploit_deferred_effects_test')
+_TEST_SEED = str(0x600D5EED)  # other layouts than in training, as published agents are tested on
 
 # What an action sets; all else is 0. Looking is in pixels of a mouse per frame.
 _RIGHT, _DOWN = 'LOOK_LEFT_RIGHT_PIXELS_PER_FRAME', 'LOOK_DOWN_UP_PIXELS_PER_FRAME'

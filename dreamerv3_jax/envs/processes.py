@@ -27,7 +27,7 @@ from dreamerv3_jax.envs.vector import (
     failure,
     open_stream,
 )
-from dreamerv3_jax.errors import UserError
+from dreamerv3_jax.errors import Failure, UserError
 from dreamerv3_jax.spaces import ArraySpec
 
 _SHUTDOWN_SECONDS = 5.0
@@ -165,12 +165,12 @@ class Processes(Restartable):
             worker.join(_SHUTDOWN_SECONDS)
             if worker.exitcode == -signal.SIGTERM:
                 time.sleep(0.5)  # perhaps all are told to end, and who trains is interrupted here
-            return UserError(
+            return Failure(
                 f'{which} died: its process ended with exit code {worker.exitcode}; '
                 "try env.vectorization='sync' to see why."
             )
         worker.kill()
-        return UserError(
+        return Failure(
             f'{which} did not answer for {self._settings.timeout:g} seconds (env.timeout).'
         )
 

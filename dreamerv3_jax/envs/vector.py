@@ -225,9 +225,7 @@ class Restartable(VectorEnvironment):
         if self._failures[row] == self._settings.restarts:
             self.close()
             if not self._failures[row]:
-                if isinstance(error, Failure):
-                    raise error
-                raise Failure(str(error)) from error
+                raise error
             times = f'It was started again {self._failures[row]} times before.'
             raise Failure(f'{str(error).rstrip(".")}. {times}') from error
         self._failures[row] += 1

@@ -166,7 +166,7 @@ def recompute(function: Callable) -> Callable:
 
 @jax.custom_jvp
 def inverse_root(x: Array) -> Array:
-    """One over the square root; its gradient needs the result only."""
+    """One over the square root of x [...] > 0; its gradient needs the result only."""
     return jax.lax.rsqrt(x)
 
 
@@ -182,7 +182,8 @@ def inverse_rms(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def rms_norm(x: Array, axes: tuple[int, ...], scale: Array, dtype: jnp.dtype) -> Array:
-    """Divides by the root mean square over `axes`, in float32, and multiplies by `scale`."""
+    """Divides x [...] by its root mean square over `axes`, in float32, and multiplies by `scale`,
+    which broadcasts against it. The result has the given dtype."""
     x = x.astype(jnp.float32)
     return (x * inverse_rms(x, axes) * scale).astype(dtype)
 

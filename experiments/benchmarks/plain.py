@@ -118,11 +118,7 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
         'recompute',
         lambda function: function,
     ),
-    'blocks of the recurrent model first': (
-        'nets.rssm_cell',
-        'RSSMCell.sequence',
-        _sequence,
-    ),
+    'blocks of the recurrent model first': ('nets.rssm_cell', 'RSSMCell.sequence', _sequence),
     'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
 }
 SETTINGS = {
