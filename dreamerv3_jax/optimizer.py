@@ -1,6 +1,11 @@
-"""LaProp with adaptive gradient clipping as optax transformations (paper, "Optimizer")."""
+"""LaProp with adaptive gradient clipping as optax transformations (paper, "Optimizer").
 
-from typing import NamedTuple
+Those with a state take `finite`, [] bool: where it is false, nothing moves. Each moment is
+chosen where it is computed, so that what follows reads the array that is kept in any case; chosen
+at the end, both moments and the parameters would be computed, and copied, more than once.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +39,7 @@ class LaPropState(NamedTuple):
 
 def scale_by_laprop(
     momentum: float, rms_decay: float, epsilon: float
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """LaProp: divides gradients by their root mean square, then averages, both bias-corrected.
 
     Momentum over normalised gradients keeps one large gradient from dominating the average as in
@@ -47,38 +52,66 @@ def scale_by_laprop(
         return LaPropState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        grads: optax.Updates, state: LaPropState, params: optax.Params | None = None
+        grads: optax.Updates,
+        state: LaPropState,
+        params: optax.Params | None = None,
+        *,
+        finite: Array | bool = True,
+        **_: Any,
     ) -> tuple[optax.Updates, LaPropState]:
         del params
         count = optax.safe_increment(state.updates)
         square_correction = 1 / (1 - rms_decay ** count.astype(jnp.float32))
         momentum_correction = 1 / (1 - momentum ** count.astype(jnp.float32))
         mean_square = jax.tree.map(
-            lambda mean, grad: rms_decay * mean + (1 - rms_decay) * jnp.square(grad),
+            lambda mean, grad: jnp.where(
+                finite, rms_decay * mean + (1 - rms_decay) * jnp.square(grad), mean
+            ),
             state.mean_square,
             grads,
         )
         average = jax.tree.map(
-            lambda mean, grad, square: (
+            lambda mean, grad, square: jnp.where(
+                finite,
                 momentum * mean
-                + (1 - momentum) * grad / (jnp.sqrt(square * square_correction) + epsilon)
+                + (1 - momentum) * grad / (jnp.sqrt(square * square_correction) + epsilon),
+                mean,
             ),
             state.momentum,
             grads,
             mean_square,
         )
-        updates = jax.tree.map(lambda mean: mean * momentum_correction, average)
+        correction = jnp.where(finite, momentum_correction, 0.0)
+        updates = jax.tree.map(lambda mean: mean * correction, average)
+        count = jnp.where(finite, count, state.updates)
         return updates, LaPropState(count, mean_square, average)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make_optimizer(config: AgentConfig) -> optax.GradientTransformation:
+def held(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The transformation; its state stays where `finite` is false."""
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        finite: Array | bool = True,
+        **_: Any,
+    ) -> tuple[optax.Updates, Any]:
+        updates, moved = transformation.update(updates, state, params)
+        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+
+    return optax.GradientTransformationExtraArgs(transformation.init, update)
+
+
+def make_optimizer(config: AgentConfig) -> optax.GradientTransformationExtraArgs:
     """Clipping, LaProp, then the learning rate, rising linearly from 0 over the first updates."""
     rate, warmup = config.learning_rate, config.warmup_updates
     schedule = optax.linear_schedule(0.0, rate, warmup) if warmup else rate
     return optax.chain(
         clip_by_tensor_norm(config.gradient_clip, config.gradient_clip_floor),
         scale_by_laprop(config.momentum, config.rms_decay, config.rms_epsilon),
-        optax.scale_by_learning_rate(schedule),
+        held(optax.scale_by_learning_rate(schedule)),
     )

@@ -88,7 +88,7 @@ def update(
     batch: Batch,
     *,
     networks: Networks,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     observation_specs: Mapping[str, ArraySpec],
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
@@ -121,26 +121,31 @@ def update(
     )  # fmt: skip
     grads = split(grads)
     with jax.named_scope('optimizer'):
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        gradient_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(gradient_norm)
+        updates, optimizer_state = optimizer.update(
+            grads, state.optimizer, state.params, finite=finite
+        )
         params = optax.apply_updates(state.params, updates)
-        rate = config.slow_critic_rate
+        rate = jnp.where(finite, config.slow_critic_rate, 0.0)
         slow_critic = jax.tree.map(
             lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic']
         )
-    gradient_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(total) & jnp.isfinite(gradient_norm)
-    metrics |= {
-        'loss/total': total,
-        'optimizer/skipped': 1.0 - finite,
-        'optimizer/gradient_norm': gradient_norm,
-        'optimizer/update_norm': optax.tree.norm(updates),
-        'optimizer/parameter_norm': optax.tree.norm(params),
-    }
+        metrics |= {
+            'loss/total': total,
+            'optimizer/skipped': 1.0 - finite,
+            'optimizer/gradient_norm': gradient_norm,
+            'optimizer/update_norm': optax.tree.norm(updates),
+            # Of those before the update, whose norms clipping takes too.
+            'optimizer/parameter_norm': optax.tree.norm(state.params),
+        }
     updated = state.replace(
         params=params,
         slow_critic=slow_critic,
         optimizer=optimizer_state,
-        percentiles=percentiles,
+        percentiles=jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), percentiles, state.percentiles
+        ),
+        updates=state.updates + 1,
     )
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-    return state.replace(updates=state.updates + 1), stored, metrics
+    return updated, stored, metrics
