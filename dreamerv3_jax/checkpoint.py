@@ -34,11 +34,14 @@ KEEP = 2
 CHECKSUMS = 'checksums.json'  # of the files of a checkpoint, in its folder
 
 
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder; one that is still being written has another name."""
+    return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit())
+
+
 def latest_step(folder: Path) -> int | None:
-    """Step of the newest checkpoint in a folder; one that is still being written has another
-    name."""
-    steps = [int(path.name) for path in folder.glob('*') if path.name.isdigit()]
-    return max(steps, default=None)
+    """Step of the newest checkpoint in a folder, or None."""
+    return max(_steps(folder), default=None)
 
 
 class NotSaved(Failure):
@@ -104,7 +107,8 @@ class Checkpointer:
     def __init__(self, folder: Path) -> None:
         """Opens the folder, making it if it is missing."""
         self._folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False)
+        # Orbax would give up a new one where an old one cannot be removed; see `_remove_old`.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
         with _silence():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -132,6 +136,7 @@ class Checkpointer:
                     raise OSError('there is a later one already')
                 self._manager.wait_until_finished()
             hosts.first(lambda: _write_checksums(self._folder / str(step)))
+            hosts.first(self._remove_old)
         except (OSError, ValueError) as error:
             if hosts.lost(error):
                 raise
@@ -153,6 +158,10 @@ class Checkpointer:
             if hosts.index() == 0:
                 for path in self._folder.glob('*.orbax-checkpoint-tmp*'):  # also of a killed run
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_old(self) -> None:
+        for step in _steps(self._folder)[:-KEEP]:
+            shutil.rmtree(self._folder / str(step), ignore_errors=True)  # or at the next save
 
     def restore_state(self, abstract: TrainState) -> TrainState:
         """Reads the newest train state onto the shardings of `abstract`.

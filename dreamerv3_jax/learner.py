@@ -11,6 +11,7 @@ from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.checkpoint import Saved
 from dreamerv3_jax.errors import Failure
 from dreamerv3_jax.feed import Feed
+from dreamerv3_jax.metrics import Means
 from dreamerv3_jax.progress import Timer
 from dreamerv3_jax.replay import Replay, SampleIndex
 from dreamerv3_jax.train_ratio import TrainRatio
@@ -60,7 +61,7 @@ class Learner:
         self._counters, self._timer, self._say = counters, timer, say
         # Updates whose results were not used: one under way and, for a moment, the one before.
         self._pending: list[tuple[SampleIndex, StoredLatent, Metrics]] = []
-        self._metrics: list[Metrics] = []  # of updates, since they were taken
+        self._metrics = Means()  # of updates whose results were used, since they were taken
         self._newest: Metrics = {}
         self._acting_params: Any = None  # after the last update
         # Accelerators run what they are given in order, so it is given early.
@@ -133,7 +134,6 @@ class Learner:
             self.state, latents, metrics = self._agent.update(self.state, batch)
         self._acting_params, self._begun = before, True
         self._pending.append((index, latents, metrics))
-        self._metrics.append(metrics)
         self._newest = metrics
         self._counters['updates'] += 1
 
@@ -158,11 +158,15 @@ class Learner:
         self._acting_params = None
 
     def _use(self) -> None:
-        """Writes latents of the first update whose results were not used, or counts it skipped."""
+        """Uses the results of the first update in the row: its metrics and, if it was not skipped,
+        its latents. Of one that was skipped there is no metric but 'optimizer/skipped'."""
         index, latents, metrics = self._pending.pop(0)
-        if metrics['optimizer/skipped']:
-            self._count_skipped(jax.device_get(metrics))
+        metrics, skipped = jax.device_get(metrics), 'optimizer/skipped'
+        if metrics[skipped]:
+            self._metrics.add({skipped: metrics[skipped]}, 'train/')
+            self._count_skipped(metrics)
             return
+        self._metrics.add(metrics, 'train/')
         self._counters['skipped_in_a_row'] = 0
         self._replay.update_latents(index, *map(sharding.own_rows, latents))
 
@@ -181,15 +185,15 @@ class Learner:
             self.feed.load_state(saved.replay)
             self.ratio.load_state(ratio)
 
-    def take_metrics(self, *, final: bool) -> list[dict[str, float]]:
-        """Returns and forgets what updates measured; what the last one did only if final.
+    def take_metrics(self, *, final: bool) -> dict[str, tuple[float, int]]:
+        """Returns and forgets what updates measured, see `Means.take`; waits for the last if final.
 
-        Of one that was skipped there is nothing but 'optimizer/skipped'.
+        Raises:
+          Failure: too many updates in a row were skipped.
         """
-        done = self._metrics if final else self._metrics[:-1]
-        self._metrics = self._metrics[len(done) :]
-        name = 'optimizer/skipped'
-        return [{name: x[name]} if x[name] else x for x in jax.device_get(done)]
+        if final:
+            self.finish()
+        return self._metrics.take()
 
     def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
         counters = self._counters

@@ -207,6 +207,8 @@ class Trainer:
                     self.tick()
                 except (UserError, Interrupted) as error:
                     if self._told.failed or not self._interrupts.explain(error):
+                        if hosts.count() == 1:
+                            self.log()  # what led to it
                         raise
                     break
                 self._progress.update(
@@ -214,13 +216,13 @@ class Trainer:
                 )
                 if self._stopped():  # where a tick was cut short on one host, all come here
                     break
-                if self._told.log:
-                    self.log()
+                if self._told.log or self._told.save:  # what a checkpoint counts is never lost
+                    self.log(final=self._told.save)
                 if self._told.save:
                     with self._timer.section('checkpoint'):
                         self._try_to_save()
-            self.log(final=True)
             try:
+                self.log(final=True)
                 self._save_last()
             except UserError as error:
                 if not self._interrupts.received or hosts.count() > 1:
@@ -345,15 +347,13 @@ class Trainer:
             self._writer.add_episode(float(self._returns[stream]), int(self._lengths[stream]))
 
     def log(self, *, final: bool = False) -> None:
-        """Writes the means since the last call, without waiting for the update in flight."""
+        """Writes the means since the last call; waits for the update in flight only if final."""
         self._logged = time.monotonic()
         measured = self._learner.take_metrics(final=final)
-        self._writer.add(self._env.pop_logs(), 'episode/')
+        self._writer.put({f'episode/{name}': x for name, x in self._env.logs.take().items()})
         everywhere = hosts.gather(self._writer.take())
         if isinstance(self._writer, MetricWriter):
-            for metrics in measured:
-                self._writer.add(metrics, 'train/')
-            for taken in everywhere:
+            for taken in (measured, *everywhere):
                 self._writer.put(taken)
             self._writer.add(self._timer.shares(), 'time/')
             names = ('episodes', 'updates', 'skipped', 'restarts')

@@ -1,8 +1,8 @@
 """LaProp with adaptive gradient clipping as optax transformations (paper, "Optimizer").
 
-Those with a state take `finite`, [] bool: where it is false, nothing moves. Each moment is
-chosen where it is computed, so that what follows reads the array that is kept in any case; chosen
-at the end, both moments and the parameters would be computed, and copied, more than once.
+Those with a state take `finite`, [] bool: where it is false, the state stays and the updates are 0.
+Each array is chosen where it is computed. By one choice at the end, between the whole old state and
+the new one, moments and parameters would be computed, and copied, more than once.
 """
 
 from typing import Any, NamedTuple
@@ -45,6 +45,8 @@ def scale_by_laprop(
     Momentum over normalised gradients keeps one large gradient from dominating the average as in
     Adam. The published code uses a decay of 0.999 for the mean square where the paper's text says
     0.99.
+
+    Where `finite` is false, the state stays and the updates are 0, whatever the gradients are.
     """
 
     def init(params: optax.Params) -> LaPropState:
@@ -81,7 +83,7 @@ def scale_by_laprop(
             grads,
             mean_square,
         )
-        correction = jnp.where(finite, momentum_correction, 0.0)
+        correction = jnp.where(finite, momentum_correction, 0.0)  # `average` is finite in any case
         updates = jax.tree.map(lambda mean: mean * correction, average)
         count = jnp.where(finite, count, state.updates)
         return updates, LaPropState(count, mean_square, average)
@@ -89,8 +91,10 @@ def scale_by_laprop(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def held(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The transformation; its state stays where `finite` is false."""
+def hold_state(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the state where `finite` is false; updates have to be 0 there before they come here."""
 
     def update(
         updates: optax.Updates,
@@ -113,5 +117,5 @@ def make_optimizer(config: AgentConfig) -> optax.GradientTransformationExtraArgs
     return optax.chain(
         clip_by_tensor_norm(config.gradient_clip, config.gradient_clip_floor),
         scale_by_laprop(config.momentum, config.rms_decay, config.rms_epsilon),
-        held(optax.scale_by_learning_rate(schedule)),
+        hold_state(optax.scale_by_learning_rate(schedule)),
     )

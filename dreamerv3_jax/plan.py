@@ -143,7 +143,7 @@ class Planner:
                 raise
         seconds = time.monotonic() - start
         rows = size // agent.mesh.size
-        products = _products(self.specs, config, rows)
+        products = _products(self.specs, config, rows, self._devices[0])
         chip = CHIPS.get(self.topology.kind)
         found = program.collectives(compiled.as_text()) if compiled else []
         counts: Counter[str] = Counter()
@@ -216,9 +216,12 @@ def _wanted(message: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]]) if found else 1
 
 
-def _products(specs: Specs, config: ml_collections.ConfigDict, rows: int) -> list[flops.Product]:
-    """Products of one device, whose part of the batch has this many sequences."""
-    agent = Agent(*specs, AgentConfig.from_mapping(config.agent.to_dict()))
+def _products(
+    specs: Specs, config: ml_collections.ConfigDict, rows: int, device: jax.Device
+) -> list[flops.Product]:
+    """Products of one device of this kind, whose part of the batch has this many sequences."""
+    mesh = sharding.make_mesh(data=1, devices=[device])
+    agent = Agent(*specs, AgentConfig.from_mapping(config.agent.to_dict()), mesh)
     state = jax.eval_shape(lambda: agent.init(0))
     batch = agent.blank_batch(rows, config.replay.batch_length)
     return flops.products(agent.pure_update, state, batch)

@@ -101,7 +101,8 @@ def update(
       state: before the update.
       batch: [B, T + 1] steps.
       networks: all networks.
-      optimizer: of all parameters.
+      optimizer: of all parameters; where its argument `finite` is false it has to return updates
+        of 0, and its state as it was.
       observation_specs: of the observation.
       action_specs: of the action.
       config: settings.
@@ -136,7 +137,7 @@ def update(
             'optimizer/skipped': 1.0 - finite,
             'optimizer/gradient_norm': gradient_norm,
             'optimizer/update_norm': optax.tree.norm(updates),
-            # Of those before the update, whose norms clipping takes too.
+            # Before the update: clipping takes the same sums of squares.
             'optimizer/parameter_norm': optax.tree.norm(state.params),
         }
     updated = state.replace(

@@ -1,8 +1,10 @@
 """Videos of what an environment shows."""
 
 import contextlib
+import errno
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +67,8 @@ class Film:
                 writer.close()
                 if self._buffer is not None:
                     self._path.write_bytes(self._buffer.getvalue())
+                elif not _complete(self._path):  # ffmpeg tells nobody
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def add(self, picture: np.ndarray) -> None:
         """Appends [H, W, 3] `uint8`.
@@ -108,6 +112,18 @@ class Film:
         return self._open(self._path, fps=self.frame_rate, macro_block_size=1)
 
 
+def _complete(path: Path) -> bool:
+    """Whether an .mp4 is whole: boxes of bytes up to its end, one of them `moov`."""
+    data, start, names = path.read_bytes(), 0, []
+    while start + 8 <= len(data):
+        size, name = struct.unpack('>I4s', data[start : start + 8])
+        names.append(name)
+        if size == 1:  # the size follows
+            (size,) = struct.unpack('>Q', data[start + 8 : start + 16])
+        start += max(size, 8)
+    return start == len(data) and b'moov' in names
+
+
 def picture(env: VectorEnvironment, records: Records) -> np.ndarray:
     """Returns what the first environment shows: its own rendering, or an image that it observes.
 
@@ -120,6 +136,10 @@ def picture(env: VectorEnvironment, records: Records) -> np.ndarray:
         if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
             raise UserError(
                 f'render() returns an array of shape {drawn.shape}; a picture is [H, W, 3].'
+            )
+        if image.dtype != np.uint8:
+            raise UserError(
+                f'render() returns numbers of {image.dtype}; those of a picture are uint8, 0 to 255.'
             )
         return colours(image) if image.shape[-1] == 1 else image
     for name, spec in env.observation_specs.items():

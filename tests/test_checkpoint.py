@@ -128,6 +128,15 @@ def test_the_newest_are_kept(folder):
     assert latest_step(folder) == 40
 
 
+def test_one_that_cannot_be_removed_keeps_no_other_from_being_written(folder, tmp_path):
+    (folder / '10').rename(tmp_path / 'kept')  # on another disk, say
+    (folder / '10').symlink_to(tmp_path / 'kept')
+    write(folder, 30, 40)
+    assert sorted(path.name for path in folder.iterdir()) == ['10', '30', '40']
+    assert (tmp_path / 'kept' / 'checksums.json').exists()
+    assert read(folder).counters['ticks'] == 40
+
+
 def test_no_checkpoint(tmp_path):
     assert latest_step(tmp_path / 'missing') is None
     assert not (tmp_path / 'missing').exists()

@@ -595,6 +595,11 @@ def test_envs_without_a_video(monkeypatch, capsys, folder):
     assert capsys.readouterr().out.splitlines()[-1] == (
         'no video     render() returns an array of shape (4,); a picture is [H, W, 3].'
     )
+    monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: np.zeros((4, 4, 3)))
+    assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'no video     render() returns numbers of float64; those of a picture are uint8, 0 to 255.'
+    )
     monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: None)
     assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0
     assert 'no video     This environment draws no pictures' in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Evaluation and the player, on an environment whose returns are known."""
 
+import contextlib
 import subprocess
 import sys
 import types
@@ -209,6 +210,27 @@ def test_a_gif_that_grows_too_large_is_refused(tmp_path, monkeypatch):
         for _ in range(2):
             film.add(np.zeros((4, 6, 3), np.uint8))
     assert (tmp_path / 'film.gif').stat().st_size > 100
+
+
+def test_a_video_that_is_not_whole_is_told(small_disk):
+    pytest.importorskip('imageio')
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    path = small_disk.folder / 'film.mp4'
+    for room in True, False:
+        if not room:
+            small_disk.fill(pages_left=2)
+        with contextlib.nullcontext() if room else pytest.raises(UserError, match='No space left'):
+            with video_file.Film(path) as film:
+                film.frame_rate = 20.0
+                for picture in noise:
+                    film.add(picture)
+        if room:
+            data = path.read_bytes()
+            assert len(data) > 3 * 4096
+            for size in (0, 40, len(data) // 2, len(data) - 1):
+                path.write_bytes(data[:size])
+                assert not video_file._complete(path)
+            path.unlink()
 
 
 @pytest.mark.parametrize('name', ['file/film.mp4', 'folder.gif'])

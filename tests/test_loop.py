@@ -454,6 +454,17 @@ def test_an_interrupt_ends_the_updates_of_a_tick(tmp_path):
         assert missed > trainer.counters['updates'] - before - missed > 0
 
 
+def test_what_a_checkpoint_counts_is_in_the_metrics(tmp_path):
+    """Or it would be lost with the lines that come after the checkpoint, if the run is killed."""
+    config = counter_config(run__checkpoint_every=1e-9, run__log_every=1e9, run__steps=60)
+    with Trainer(config, tmp_path, 'tiny') as trainer:
+        trainer.run()
+        counted = trainer.counters
+    lines = tiny_runs.read_metrics(tmp_path)
+    assert len(lines) > 10 and lines[-2]['step'] < counted['steps']
+    assert lines[-2]['count/episodes'] > 0 and 'train/loss/total' in lines[-2]
+
+
 def test_a_run_without_checkpoint_starts_anew(tmp_path):
     with tiny_runs.ticked(counter_config(), tmp_path, 3) as trainer:
         trainer.log()
@@ -870,6 +881,7 @@ def test_too_many_skipped_updates_stop_the_run_and_keep_the_checkpoint(tmp_path,
         with pytest.raises(Failure, match='10 updates in a row were skipped, as loss/reward is'):
             trainer.run()
         assert trainer.counters['updates'] == 14
+    assert tiny_runs.read_metrics(tmp_path)[-1]['train/optimizer/skipped'] == 1  # what led to it
     with Trainer(config, tmp_path, 'tiny') as trainer:
         assert 4 <= trainer.counters['updates'] < 14
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(trainer._learner.state))

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 from test_suites import check_seeds, discrete, inner, make, random_actions
+from toy_envs import taken_logs
 
 from dreamerv3_jax.errors import UserError
 
@@ -67,13 +68,13 @@ class TestBehaviourSuite:
                 assert records.is_last[0]
                 assert records.is_terminal[0]
                 assert records.reward[0] == 1.0
-                logs = env.pop_logs()
+                logs = taken_logs(env)
                 assert logs['total_perfect'] == episode
                 assert logs['total_regret'] == 0.0
             bit = env.reset().observation['observation'][0, 2]
             env.step(discrete(0))
             assert env.step(discrete(int(bit < 0)))[0].reward[0] == -1.0
-            assert env.pop_logs()['total_regret'] == 2.0
+            assert taken_logs(env)['total_regret'] == 2.0
 
     def test_repeat(self):
         with make('bsuite/catch/0', repeat=4) as env:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_runs
 from test_suites import discrete, make, play, random_actions
+from toy_envs import taken_logs
 
 from dreamerv3_jax import evaluation
 from dreamerv3_jax.envs.native import Native
@@ -252,7 +253,7 @@ class TestCraftax:
             assert env.observation_specs['observation'].shape == (1345,)
             assert env.action_specs['action'].classes == (17,)
             assert 'truncated' in check_contract(env, 150)
-            logs = env.pop_logs()
+            logs = taken_logs(env)
             assert len(logs) == 23
             assert 0 < logs['achievements'] < 22
             assert env._env._step_all._cache_size() == 1

@@ -87,6 +87,15 @@ def test_slow_critic_starts_as_a_copy_and_follows(updated):
         )
 
 
+def test_norms_are_those_of_the_update(updated):
+    (_, second, third), ((_, first), (_, metrics)) = updated
+    moved = jax.tree.map(np.subtract, third.params, second.params)
+    for name, tree, rtol in ('parameter', second.params, 1e-5), ('update', moved, 1e-2):
+        expected = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+        np.testing.assert_allclose(metrics[f'optimizer/{name}_norm'], expected, rtol=rtol)
+    assert first['optimizer/update_norm'] == 0  # its learning rate is 0
+
+
 def test_everything_learns(updated):
     first, second, third = updated[0]
     # The first update has learning rate 0, the second moves every array of every network.
@@ -189,14 +198,17 @@ def test_all_losses_are_spoilt_below():
 @pytest.mark.medium
 @pytest.mark.parametrize('number', range(len(LOSSES) + 1))
 def test_an_update_that_is_not_finite_changes_nothing(number, fragile):
-    start, _, metrics = fragile.update(fragile.init(0), fragile_batch(-1))
-    assert metrics['optimizer/skipped'] == 0
-    before = copied(start)
-    state, _, metrics = fragile.update(start, fragile_batch(number))
+    state = fragile.init(0)
+    for _ in range(2):  # the first has rate 0, and leaves the slow critic where the critic is
+        state, _, metrics = fragile.update(state, fragile_batch(-1))
+        assert metrics['optimizer/skipped'] == 0
+    before = copied(state)
+    state, _, metrics = fragile.update(state, fragile_batch(number))
     spoilt = {name for name in LOSSES if not np.isfinite(metrics[f'loss/{name}'])}
     assert metrics['optimizer/skipped'] == 1 and spoilt == set(LOSSES[number : number + 1])
     assert np.isfinite(metrics['loss/total']) == (number == GRADIENT)
-    assert state.updates == 2  # so that the next one draws other keys
+    assert metrics['optimizer/update_norm'] == 0
+    assert state.updates == 3  # so that the next one draws other keys
     jax.tree.map(
         np.testing.assert_array_equal, copied(state.replace(updates=before.updates)), before
     )

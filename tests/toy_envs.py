@@ -12,6 +12,13 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import SyncVectorEnv
 
+from dreamerv3_jax.envs.vector import VectorEnvironment
+
+
+def taken_logs(env: VectorEnvironment) -> dict[str, float]:
+    """Means over episodes of what environments logged, which they forget."""
+    return {name: total / count for name, (total, count) in env.logs.take().items()}
+
 
 class Counter(gymnasium.Env):
     """Observes episode, step and last action; pays 10 * step + action."""

@@ -94,7 +94,7 @@ class Native(VectorEnvironment):
         reward = np.where(first, 0.0, reward)  # some repeat the last one there
         with self._readable_failures():
             for row in np.flatnonzero(self._ended).tolist():
-                self._add_logs(episode_logs(_row_of_info(info, row)))
+                self.logs.add(episode_logs(_row_of_info(info, row)))
         return (
             self._records(
                 observation, reward, first=first, last=self._ended, terminal=terminated & ~first
@@ -123,7 +123,7 @@ class Native(VectorEnvironment):
             final = info.get('final_info')
             if isinstance(final, dict):  # of arrays, as gymnasium makes it
                 for row in streams.tolist():
-                    self._add_logs(episode_logs(_row_of_info(final, row)))
+                    self.logs.add(episode_logs(_row_of_info(final, row)))
         observation = {name: np.stack([item[name] for item in flat]) for name in flat[0]}
         last = np.ones(len(streams), bool)
         records = Records(observation, reward[streams], ~last, last, terminated[streams])

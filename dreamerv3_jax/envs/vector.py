@@ -4,7 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import gymnasium
@@ -22,6 +22,7 @@ from dreamerv3_jax.envs.stream import (
     write_record,
 )
 from dreamerv3_jax.errors import Failure, UserError, one_line
+from dreamerv3_jax.metrics import Means
 from dreamerv3_jax.spaces import ArraySpec, BadRecord
 
 ENOUGH_STEPS = 1000  # without a failure, after which the next one is the first in a row
@@ -37,6 +38,8 @@ class VectorEnvironment(abc.ABC):
       messages: what the user should know, one sentence each; more come while it runs, and who has
         shown them takes them away.
       frame_rate: steps in a second of the environment's own time.
+      logs: means, over the episodes that ended, of the numbers in their last `info` under keys
+        that start with 'log/'; who takes them forgets them here.
     """
 
     num_envs: int
@@ -44,11 +47,12 @@ class VectorEnvironment(abc.ABC):
     action_specs: dict[str, ArraySpec]
     messages: list[str]
     frame_rate: float
+    logs: Means
 
     def __init__(self, env_id: str) -> None:
         self._id = env_id
         self._chosen: dict[str, np.ndarray] = {}  # actions of the step that was set out on
-        self._logs: dict[str, list[float]] = {}
+        self.logs = Means()
         self._restarts = 0
 
     def reset(self) -> Records:
@@ -88,14 +92,6 @@ class VectorEnvironment(abc.ABC):
         self.start(actions)
         return self.finish()
 
-    def pop_logs(self) -> dict[str, float]:
-        """Returns and forgets the means, over the episodes that ended, of what environments log.
-
-        These are the numbers in the last `info` of an episode under keys that start with 'log/'.
-        """
-        logs, self._logs = self._logs, {}
-        return {name: float(np.mean(values)) for name, values in sorted(logs.items())}
-
     def pop_restarts(self) -> int:
         """Returns and forgets how many environments failed and were built again."""
         restarts, self._restarts = self._restarts, 0
@@ -125,7 +121,7 @@ class VectorEnvironment(abc.ABC):
         """Collects the reports of the streams that ended."""
         for ending in endings:
             if ending is not None:
-                self._add_logs(ending.logs)
+                self.logs.add(ending.logs)
         finals = [
             (stream, *ending.final)
             for stream, ending in enumerate(endings)
@@ -137,11 +133,6 @@ class VectorEnvironment(abc.ABC):
         for row, (_, observation, reward, terminal) in enumerate(finals):
             write_record(records, row, observation, reward, last=True, terminal=terminal)
         return FinalRecords(np.array([final[0] for final in finals]), records)
-
-    def _add_logs(self, logs: Mapping[str, float]) -> None:
-        for name, value in logs.items():
-            self._logs.setdefault(name, []).append(value)
-
 
 class Restartable(VectorEnvironment):
     """Environments of which each is built again when it fails, while the others go on.
