@@ -139,7 +139,7 @@ def picture(env: VectorEnvironment, records: Records) -> np.ndarray:
             )
         if image.dtype != np.uint8:
             raise UserError(
-                f'render() returns numbers of {image.dtype}; those of a picture are uint8, 0 to 255.'
+                f'render() returns {image.dtype}; the numbers of a picture are uint8, 0 to 255.'
             )
         return colours(image) if image.shape[-1] == 1 else image
     for name, spec in env.observation_specs.items():

@@ -598,7 +598,7 @@ def test_envs_without_a_video(monkeypatch, capsys, folder):
     monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: np.zeros((4, 4, 3)))
     assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        'no video     render() returns numbers of float64; those of a picture are uint8, 0 to 255.'
+        'no video     render() returns float64; the numbers of a picture are uint8, 0 to 255.'
     )
     monkeypatch.setattr(toy_envs.Counter, 'render', lambda self: None)
     assert cli.main(['envs', 'toy_envs:Counter', '--config.env.vectorization=sync']) == 0

@@ -288,7 +288,8 @@ def test_logs_are_means_over_episodes():
         env.reset()
         for _ in range(5):  # two ticks and a reset, then the second episode
             env.step({'action': np.zeros((2, 1), np.int32)})
-        assert toy_envs.taken_logs(env) == {'log/length': 2.0, 'episode': 1.5}  # the run has a length too
+        # The run has a length too.
+        assert toy_envs.taken_logs(env) == {'log/length': 2.0, 'episode': 1.5}
         assert toy_envs.taken_logs(env) == {}
     with make(kwargs={'length': 1}, autoreset='same_step', vectorization='async') as env:
         env.reset()

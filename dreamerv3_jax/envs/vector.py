@@ -134,6 +134,7 @@ class VectorEnvironment(abc.ABC):
             write_record(records, row, observation, reward, last=True, terminal=terminal)
         return FinalRecords(np.array([final[0] for final in finals]), records)
 
+
 class Restartable(VectorEnvironment):
     """Environments of which each is built again when it fails, while the others go on.
 
