@@ -217,7 +217,7 @@ class Trainer:
                 if self._stopped():  # where a tick was cut short on one host, all come here
                     break
                 if self._told.log or self._told.save:  # what a checkpoint counts is never lost
-                    self.log(final=self._told.save)
+                    self.log(final=bool(self._told.save))
                 if self._told.save:
                     with self._timer.section('checkpoint'):
                         self._try_to_save()
