@@ -160,6 +160,7 @@ class Checkpointer:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self) -> None:
+        """Removes all but the newest, as far as it is possible."""
         for step in _steps(self._folder)[:-KEEP]:
             shutil.rmtree(self._folder / str(step), ignore_errors=True)  # or at the next save
 

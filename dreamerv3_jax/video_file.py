@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +66,7 @@ class Film:
                 writer.close()
                 if self._buffer is not None:
                     self._path.write_bytes(self._buffer.getvalue())
-                elif not _complete(self._path):  # ffmpeg tells nobody
+                elif self._path.suffix == '.mp4' and not _complete(self._path):  # ffmpeg is silent
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def add(self, picture: np.ndarray) -> None:
@@ -116,10 +115,10 @@ def _complete(path: Path) -> bool:
     """Whether an .mp4 is whole: boxes of bytes up to its end, one of them `moov`."""
     data, start, names = path.read_bytes(), 0, []
     while start + 8 <= len(data):
-        size, name = struct.unpack('>I4s', data[start : start + 8])
-        names.append(name)
-        if size == 1:  # the size follows
-            (size,) = struct.unpack('>Q', data[start + 8 : start + 16])
+        size = int.from_bytes(data[start : start + 4])
+        if size == 1:  # it follows the name
+            size = int.from_bytes(data[start + 8 : start + 16])
+        names.append(data[start + 4 : start + 8])
         start += max(size, 8)
     return start == len(data) and b'moov' in names
 
