@@ -1,11 +1,6 @@
-"""LaProp with adaptive gradient clipping as optax transformations (paper, "Optimizer").
+"""LaProp with adaptive gradient clipping as optax transformations (paper, "Optimizer")."""
 
-Those with a state take `finite`, [] bool: where it is false, the state stays and the updates are 0.
-Each array is chosen where it is computed. By one choice at the end, between the whole old state and
-the new one, moments and parameters would be computed, and copied, more than once.
-"""
-
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +34,12 @@ class LaPropState(NamedTuple):
 
 def scale_by_laprop(
     momentum: float, rms_decay: float, epsilon: float
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """LaProp: divides gradients by their root mean square, then averages, both bias-corrected.
 
     Momentum over normalised gradients keeps one large gradient from dominating the average as in
     Adam. The published code uses a decay of 0.999 for the mean square where the paper's text says
     0.99.
-
-    Where `finite` is false, the state stays and the updates are 0, whatever the gradients are.
     """
 
     def init(params: optax.Params) -> LaPropState:
@@ -54,68 +47,38 @@ def scale_by_laprop(
         return LaPropState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        grads: optax.Updates,
-        state: LaPropState,
-        params: optax.Params | None = None,
-        *,
-        finite: Array | bool = True,
-        **_: Any,
+        grads: optax.Updates, state: LaPropState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LaPropState]:
         del params
         count = optax.safe_increment(state.updates)
         square_correction = 1 / (1 - rms_decay ** count.astype(jnp.float32))
         momentum_correction = 1 / (1 - momentum ** count.astype(jnp.float32))
         mean_square = jax.tree.map(
-            lambda mean, grad: jnp.where(
-                finite, rms_decay * mean + (1 - rms_decay) * jnp.square(grad), mean
-            ),
+            lambda mean, grad: rms_decay * mean + (1 - rms_decay) * jnp.square(grad),
             state.mean_square,
             grads,
         )
         average = jax.tree.map(
-            lambda mean, grad, square: jnp.where(
-                finite,
+            lambda mean, grad, square: (
                 momentum * mean
-                + (1 - momentum) * grad / (jnp.sqrt(square * square_correction) + epsilon),
-                mean,
+                + (1 - momentum) * grad / (jnp.sqrt(square * square_correction) + epsilon)
             ),
             state.momentum,
             grads,
             mean_square,
         )
-        correction = jnp.where(finite, momentum_correction, 0.0)  # `average` is finite in any case
-        updates = jax.tree.map(lambda mean: mean * correction, average)
-        count = jnp.where(finite, count, state.updates)
+        updates = jax.tree.map(lambda mean: mean * momentum_correction, average)
         return updates, LaPropState(count, mean_square, average)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
-def hold_state(
-    transformation: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Keeps the state where `finite` is false; updates have to be 0 there before they come here."""
-
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        finite: Array | bool = True,
-        **_: Any,
-    ) -> tuple[optax.Updates, Any]:
-        updates, moved = transformation.update(updates, state, params)
-        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
-
-    return optax.GradientTransformationExtraArgs(transformation.init, update)
-
-
-def make_optimizer(config: AgentConfig) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: AgentConfig) -> optax.GradientTransformation:
     """Clipping, LaProp, then the learning rate, rising linearly from 0 over the first updates."""
     rate, warmup = config.learning_rate, config.warmup_updates
     schedule = optax.linear_schedule(0.0, rate, warmup) if warmup else rate
     return optax.chain(
         clip_by_tensor_norm(config.gradient_clip, config.gradient_clip_floor),
         scale_by_laprop(config.momentum, config.rms_decay, config.rms_epsilon),
-        hold_state(optax.scale_by_learning_rate(schedule)),
+        optax.scale_by_learning_rate(schedule),
     )

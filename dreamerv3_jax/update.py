@@ -88,7 +88,7 @@ def update(
     batch: Batch,
     *,
     networks: Networks,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: optax.GradientTransformation,
     observation_specs: Mapping[str, ArraySpec],
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
@@ -101,8 +101,7 @@ def update(
       state: before the update.
       batch: [B, T + 1] steps.
       networks: all networks.
-      optimizer: of all parameters; where its argument `finite` is false it has to return updates
-        of 0, and its state as it was.
+      optimizer: of all parameters.
       observation_specs: of the observation.
       action_specs: of the action.
       config: settings.
@@ -122,31 +121,26 @@ def update(
     )  # fmt: skip
     grads = split(grads)
     with jax.named_scope('optimizer'):
-        gradient_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(total) & jnp.isfinite(gradient_norm)
-        updates, optimizer_state = optimizer.update(
-            grads, state.optimizer, state.params, finite=finite
-        )
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        rate = jnp.where(finite, config.slow_critic_rate, 0.0)
+        rate = config.slow_critic_rate
         slow_critic = jax.tree.map(
             lambda slow, new: slow + rate * (new - slow), state.slow_critic, params['critic']
         )
-        metrics |= {
-            'loss/total': total,
-            'optimizer/skipped': 1.0 - finite,
-            'optimizer/gradient_norm': gradient_norm,
-            'optimizer/update_norm': optax.tree.norm(updates),
-            # Before the update: clipping takes the same sums of squares.
-            'optimizer/parameter_norm': optax.tree.norm(state.params),
-        }
+    gradient_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(gradient_norm)
+    metrics |= {
+        'loss/total': total,
+        'optimizer/skipped': 1.0 - finite,
+        'optimizer/gradient_norm': gradient_norm,
+        'optimizer/update_norm': optax.tree.norm(updates),
+        'optimizer/parameter_norm': optax.tree.norm(params),
+    }
     updated = state.replace(
         params=params,
         slow_critic=slow_critic,
         optimizer=optimizer_state,
-        percentiles=jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), percentiles, state.percentiles
-        ),
-        updates=state.updates + 1,
+        percentiles=percentiles,
     )
-    return updated, stored, metrics
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return state.replace(updates=state.updates + 1), stored, metrics

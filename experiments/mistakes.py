@@ -112,11 +112,6 @@ MISTAKES = (
         'jnp.exp(log_probs)).astype(dtype)', 'jnp.exp(log_probs))', 'test_rssm.py',
     ),
     Mistake(
-        'slow critic moves in an update that is skipped', 'update.py',
-        'rate = jnp.where(finite, config.slow_critic_rate, 0.0)', 'rate = config.slow_critic_rate',
-        'test_update.py -k not_finite',
-    ),
-    Mistake(
         'latents written one step early', 'replay.py',
         'trained = np.arange(CONTEXT, self._sequence)',
         'trained = np.arange(0, self._sequence - CONTEXT)', 'test_replay.py',

@@ -90,7 +90,7 @@ def test_slow_critic_starts_as_a_copy_and_follows(updated):
 def test_norms_are_those_of_the_update(updated):
     (_, second, third), ((_, first), (_, metrics)) = updated
     moved = jax.tree.map(np.subtract, third.params, second.params)
-    for name, tree, rtol in ('parameter', second.params, 1e-5), ('update', moved, 1e-2):
+    for name, tree, rtol in ('parameter', third.params, 1e-5), ('update', moved, 1e-2):
         expected = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
         np.testing.assert_allclose(metrics[f'optimizer/{name}_norm'], expected, rtol=rtol)
     assert first['optimizer/update_norm'] == 0  # its learning rate is 0
@@ -207,7 +207,6 @@ def test_an_update_that_is_not_finite_changes_nothing(number, fragile):
     spoilt = {name for name in LOSSES if not np.isfinite(metrics[f'loss/{name}'])}
     assert metrics['optimizer/skipped'] == 1 and spoilt == set(LOSSES[number : number + 1])
     assert np.isfinite(metrics['loss/total']) == (number == GRADIENT)
-    assert metrics['optimizer/update_norm'] == 0
     assert state.updates == 3  # so that the next one draws other keys
     jax.tree.map(
         np.testing.assert_array_equal, copied(state.replace(updates=before.updates)), before
