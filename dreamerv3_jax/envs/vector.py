@@ -47,7 +47,6 @@ class VectorEnvironment(abc.ABC):
     action_specs: dict[str, ArraySpec]
     messages: list[str]
     frame_rate: float
-    logs: Means
 
     def __init__(self, env_id: str) -> None:
         self._id = env_id
