@@ -14,6 +14,7 @@ import tiny_runs
 
 from dreamerv3_jax import startup
 from dreamerv3_jax.evaluation import evaluate
+from experiments import memory_flat
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,16 +35,27 @@ def test_memory_is_flat_once_a_run_is_warm(tmp_path, quick_compilation):
 
 
 def check_memory(folder):
-    from experiments import memory_flat
-
     config = tiny_runs.run_config('toy_envs:Camera', env__num_envs=8, replay__capacity=400)
     config.replay.train_ratio = 0.32  # an update every hundred steps
-    config.run.update(steps=3200, checkpoint_every=1.0, log_every=0.1)
+    config.run.update(steps=4400, checkpoint_every=1.0, log_every=0.1)
     found = memory_flat.measure(config, folder)
     assert len(found) == memory_flat.POINTS + 1
     assert found[0][1] < 1e9
     assert memory_flat.growth(found) < 0.02, found
-    assert memory_flat.growth([(0, 100), (1, 50), (2, 60), (3, 55)]) == pytest.approx(0.2)
+    leaking = [(steps, size + (steps - found[0][0]) * 64 * 64 * 3) for steps, size in found]
+    assert memory_flat.growth(leaking) > 0.02, found
+
+
+def test_growth_is_what_goes_on():
+    """Not a step at one time, nor hidden by what is given back."""
+
+    def growth(*sizes):
+        return memory_flat.growth(list(enumerate(sizes)))
+
+    assert growth(100, 101, 102, 103, 104, 105, 106) == pytest.approx(3 * (106 / 104 - 1))
+    assert growth(100, 100, 130, 130, 130, 130, 130) == 0.0
+    assert growth(100, 101, 51, 52, 53, 54, 55) == pytest.approx(0.03)
+    assert growth(*[7] * 51) == 0.0
 
 
 @pytest.mark.slow
