@@ -66,17 +66,22 @@ class Agent:
             self.observation_specs, self.action_specs, self.config, device.platform
         )
         self._optimizer = make_optimizer(self.config)
-        self.pure_update = functools.partial(
-            update.update,
+        self._compute_gradients = functools.partial(
+            update.compute_gradients,
             networks=self.networks,
-            optimizer=self._optimizer,
             observation_specs=self.observation_specs,
             action_specs=self.action_specs,
             config=self.config,
             whole=functools.partial(sharding.whole, self.mesh),
             split=functools.partial(sharding.split, self.mesh),
         )
-        self._compiled_update: Any = None
+        self._apply_gradients = functools.partial(
+            update.apply_gradients, optimizer=self._optimizer, config=self.config
+        )
+        self.pure_update = functools.partial(
+            update.update, self._compute_gradients, self._apply_gradients
+        )
+        self._programs: tuple[Any, ...] = ()
         act = functools.partial(
             policy.act, self.networks, action_specs=self.action_specs, config=self.config
         )
@@ -211,32 +216,52 @@ class Agent:
             stoch=zeros((batch_size, config.stoch), np.uint8),
         )
 
-    def compile_update(self, batch_size: int, batch_length: int) -> Any:
+    def compile_update(self, batch_size: int, batch_length: int) -> tuple[Any, ...]:
         """Compiles the update for batches of these shapes, of all hosts; or its first call does.
 
         Returns:
-          The compiled program (`jax.stages.Compiled`), to be looked at.
+          Its compiled programs (`jax.stages.Compiled`), to be looked at. It is one, but on CPUs the
+          optimiser is a second: their compiler keeps a megabyte for every loop of a program.
 
         Raises:
           UserError: there is one step only, or the sequences do not divide among the devices.
         """
         self._compile(self.blank_batch(batch_size, batch_length))
-        return self._compiled_update
+        return self._programs
 
     def _compile(self, batch: Batch) -> None:
         if batch.reward.shape[1] < 3:
             raise UserError('The update takes sequences of at least 2 steps, after their context.')
         state = jax.eval_shape(lambda: self.init(0))
-        state_sharding = sharding.state_sharding(self.mesh, state)
-        batch_sharding = sharding.batch_sharding(self.mesh, batch.reward.shape[0])
-        self._compiled_update = sharding.compile_for(
-            self.pure_update,
-            sharding.abstract(state, state_sharding),
-            sharding.abstract(batch, batch_sharding),
-            out_shardings=(state_sharding, batch_sharding, sharding.replicated(self.mesh)),
-            donate=1,
-        )
-        stats = self._compiled_update.memory_analysis()  # None where a platform has none
+        by_state = sharding.state_sharding(self.mesh, state)
+        by_row = sharding.batch_sharding(self.mesh, batch.reward.shape[0])
+        everywhere = sharding.replicated(self.mesh)
+        state, batch = sharding.abstract(state, by_state), sharding.abstract(batch, by_row)
+        if self.mesh.devices.flat[0].platform == 'cpu':
+            compute_gradients = sharding.compile_for(
+                self._compute_gradients,
+                *(state, batch),
+                out_shardings=(by_state.params, everywhere, by_row, everywhere),
+                donate=0,
+            )
+            percentiles = sharding.abstract(state.percentiles, everywhere)
+            total = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+            apply_gradients = sharding.compile_for(
+                self._apply_gradients,
+                *(state, state.params, percentiles, total),
+                out_shardings=(by_state, everywhere),
+                donate=1,
+            )
+            self._programs = compute_gradients, apply_gradients
+        else:
+            whole = sharding.compile_for(
+                self.pure_update,
+                *(state, batch),
+                out_shardings=(by_state, by_row, everywhere),
+                donate=1,
+            )
+            self._programs = (whole,)
+        stats = self._programs[0].memory_analysis()  # None where a platform has none
         # One buffer for all temporaries of each device.
         buffers = [stats.temp_size_in_bytes] * len(self.mesh.local_devices) if stats else []
         startup.return_memory(buffers)
@@ -260,9 +285,12 @@ class Agent:
         """
         if not isinstance(batch.reward, jax.Array):
             batch = self.send(batch)
-        if self._compiled_update is None:
+        if not self._programs:
             self._compile(batch)
-        return self._compiled_update(state, batch)
+        if len(self._programs) == 1:
+            return self._programs[0](state, batch)
+        compute_gradients, apply_gradients = self._programs
+        return update.update(compute_gradients, apply_gradients, state, batch)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of trained parameters by network; computed from shapes."""

@@ -24,6 +24,7 @@ class Network(NamedTuple):
 
     module: nn.Module
     remat: bool = False  # gradients compute what is inside again, which need not be kept then
+    gradients_at_once: bool = False  # see `with_gradients_at_once`
 
     def init(self, key: chex.PRNGKey, *inputs: Any) -> Params:
         """Creates parameters for inputs of these shapes."""
@@ -34,7 +35,29 @@ class Network(NamedTuple):
         apply: Callable = functools.partial(self.module.apply, method=method)
         if self.remat:
             apply = jax.checkpoint(apply)
+        if self.gradients_at_once:
+            params, inputs = with_gradients_at_once(params, inputs)
         return apply({'params': params}, *inputs)
+
+
+@jax.custom_vjp
+def with_gradients_at_once(params: Params, inputs: Any) -> tuple[Params, Any]:
+    """Returns what it is given; gradients of inputs come after those of parameters.
+
+    XLA on CPUs leaves gradients of parameters for the end. Until then it keeps all that they need
+    of a decoder, beside what the gradients of the encoder need.
+    """
+    return params, inputs
+
+
+def _after_those_of_parameters(_: None, grads: tuple[Params, Any]) -> tuple[Params, Any]:
+    params, inputs = grads
+    # Nothing is left of a barrier on CPUs. A product by zero stays, as it may be NaN.
+    zero = 0.0 * sum(leaf.ravel()[0] for leaf in jax.tree.leaves(params))
+    return params, jax.tree.map(lambda x: x + zero.astype(x.dtype), inputs)
+
+
+with_gradients_at_once.defvjp(lambda *inputs: (inputs, None), _after_those_of_parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +153,8 @@ def make_networks(
                 depth=config.depth,
                 dtype=dtype,
                 group=group,
-            )
+            ),
+            gradients_at_once=on_cpu,
         ),
         reward=head(config.reward_layers, config.bins, 0.0),
         continue_=head(config.continue_layers, 1, 1.0),

@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -134,9 +135,10 @@ class Planner:
             override(config, key, text)
         agent, start = self._make_agent(config), time.monotonic()
         size, length = config.replay.batch_size, config.replay.batch_length
-        compiled, refused = None, 0
+        programs: tuple[Any, ...] = ()
+        refused = 0
         try:
-            compiled = agent.compile_update(size, length)
+            programs = agent.compile_update(size, length)
         except jax.errors.JaxRuntimeError as error:
             refused = _wanted(str(error))
             if not refused:
@@ -145,15 +147,15 @@ class Planner:
         rows = size // agent.mesh.size
         products = _products(self.specs, config, rows, self._devices[0])
         chip = CHIPS.get(self.topology.kind)
-        found = program.collectives(compiled.as_text()) if compiled else []
         counts: Counter[str] = Counter()
         amounts: Counter[str] = Counter()
-        for collective in found:
-            counts[collective.kind] += collective.times
-            amounts[collective.kind] += collective.times * collective.bytes
-        stats = compiled.memory_analysis() if compiled else None
-        arguments = stats.argument_size_in_bytes if stats else 0
-        results = stats.output_size_in_bytes - stats.alias_size_in_bytes if stats else 0
+        for compiled in programs:
+            for collective in program.collectives(compiled.as_text()):
+                counts[collective.kind] += collective.times
+                amounts[collective.kind] += collective.times * collective.bytes
+        stats = [compiled.memory_analysis() for compiled in programs]
+        arguments = stats[0].argument_size_in_bytes if stats else 0
+        results = sum(each.output_size_in_bytes - each.alias_size_in_bytes for each in stats)
         sent = sum(_SENT.get(kind, 1) * amount for kind, amount in amounts.items())
         return Figures(
             devices=agent.mesh.size,
@@ -161,8 +163,8 @@ class Planner:
             parameters=sum(agent.parameter_counts().values()),
             arguments=arguments,
             results=results,
-            temporaries=stats.temp_size_in_bytes if stats else 0,
-            code=stats.generated_code_size_in_bytes if stats else 0,
+            temporaries=max((each.temp_size_in_bytes for each in stats), default=0),
+            code=sum(each.generated_code_size_in_bytes for each in stats),
             beside=_beside(agent, rows, length),
             refused=refused,
             flops=agent.mesh.size * sum(x.flops * x.times for x in products),

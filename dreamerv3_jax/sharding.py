@@ -210,7 +210,7 @@ def own_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([shard.data for shard in shards])
 
 
-def compile_for(function: Callable, *arguments: Any, out_shardings: Any, donate: int) -> Callable:
+def compile_for(function: Callable, *arguments: Any, out_shardings: Any, donate: int) -> Any:
     """Compiles `function` ahead of time; the result cannot recompile, it refuses other shapes.
 
     Args:
@@ -219,7 +219,9 @@ def compile_for(function: Callable, *arguments: Any, out_shardings: Any, donate:
       out_shardings: of the results.
       donate: how many arguments to donate.
     """
-    jitted = jax.jit(function, donate_argnums=range(donate), out_shardings=out_shardings)
+    jitted = jax.jit(
+        function, donate_argnums=range(donate), out_shardings=out_shardings, keep_unused=True
+    )
     return jitted.lower(*arguments).compile()
 
 

@@ -194,10 +194,9 @@ def return_memory(buffers: Sequence[int] = ()) -> None:
             library.free.argtypes = [ctypes.c_void_p]
             _take_pieces(library)
             # What is left beside a large buffer is larger than the place of all others, so that
-            # these fill their own first, and too small for a second large buffer. (Below 320 MB it
-            # is not, and the loss is as small.)
-            others = max(2**28, max(buffers, default=0) * 3 // 5)
-            _make_places(library, [others, *(size + others + 2**26 for size in buffers)])
+            # these fill their own first, and too small for a second large buffer.
+            others = max(buffers, default=2**28) * 3 // 5
+            _make_places(library, [others, *(size + others + size // 4 for size in buffers)])
 
 
 def _take_pieces(library: ctypes.CDLL) -> None:

@@ -1,4 +1,4 @@
-"""One whole update as a pure function: all losses, one backward pass, optimiser, slow critic."""
+"""One whole update of pure functions: all losses, one backward pass, optimiser, slow critic."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,24 +84,46 @@ def total_loss(
 
 
 def update(
+    compute_gradients: Callable[..., Any],
+    apply_gradients: Callable[..., Any],
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, StoredLatent, Metrics]:
+    """One update of everything; of nothing where the loss or its gradient is not finite.
+
+    Args:
+      compute_gradients: the function below with all but state and batch; may be compiled.
+      apply_gradients: the function below with optimiser and settings; may be compiled.
+      state: before the update.
+      batch: [B, T + 1] steps.
+
+    Returns:
+      The new state, the latents [B, T, ...] to write back to the replay, and metrics
+      {name: [] float32}. Where 'optimizer/skipped' is 1, only the count of updates is new in the
+      state, and the latents are worth nothing.
+    """
+    grads, percentiles, stored, metrics = compute_gradients(state, batch)
+    state, measured = apply_gradients(state, grads, percentiles, metrics['loss/total'])
+    return state, stored, metrics | measured
+
+
+def compute_gradients(
     state: TrainState,
     batch: Batch,
     *,
     networks: Networks,
-    optimizer: optax.GradientTransformation,
     observation_specs: Mapping[str, ArraySpec],
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
     whole: Callable[[Any], Any] = lambda tree: tree,
     split: Callable[[Any], Any] = lambda tree: tree,
-) -> tuple[TrainState, StoredLatent, Metrics]:
-    """One update of everything; of nothing where the loss or its gradient is not finite.
+) -> tuple[dict[str, Params], ReturnPercentiles, StoredLatent, Metrics]:
+    """Gradients of all losses, in one backward pass.
 
     Args:
       state: before the update.
       batch: [B, T + 1] steps.
       networks: all networks.
-      optimizer: of all parameters.
       observation_specs: of the observation.
       action_specs: of the action.
       config: settings.
@@ -109,9 +131,8 @@ def update(
       split: splits gradients as the parameters are.
 
     Returns:
-      The new state, the latents [B, T, ...] to write back to the replay, and metrics
-      {name: [] float32}. Where 'optimizer/skipped' is 1, only the count of updates is new in the
-      state, and the latents are worth nothing.
+      Gradients like the parameters, the new percentiles, the new latents [B, T, ...] and the
+      metrics.
     """
     gradient = jax.value_and_grad(total_loss, has_aux=True)
     (total, (_, stored, percentiles, metrics)), grads = gradient(
@@ -119,7 +140,31 @@ def update(
         networks=networks, observation_specs=observation_specs, action_specs=action_specs,
         config=config,
     )  # fmt: skip
-    grads = split(grads)
+    return split(grads), percentiles, stored, metrics | {'loss/total': total}
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: dict[str, Params],
+    percentiles: ReturnPercentiles,
+    total: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    config: AgentConfig,
+) -> tuple[TrainState, Metrics]:
+    """Moves parameters and slow critic; only the count where something is not finite.
+
+    Args:
+      state: before the update.
+      grads: like the parameters.
+      percentiles: the new ones.
+      total: [] the loss.
+      optimizer: of all parameters.
+      config: settings.
+
+    Returns:
+      The new state and what was measured of the optimiser.
+    """
     with jax.named_scope('optimizer'):
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -129,8 +174,7 @@ def update(
         )
     gradient_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(gradient_norm)
-    metrics |= {
-        'loss/total': total,
+    metrics = {
         'optimizer/skipped': 1.0 - finite,
         'optimizer/gradient_norm': gradient_norm,
         'optimizer/update_norm': optax.tree.norm(updates),
@@ -143,4 +187,4 @@ def update(
         percentiles=percentiles,
     )
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-    return state.replace(updates=state.updates + 1), stored, metrics
+    return state.replace(updates=state.updates + 1), metrics

@@ -16,7 +16,6 @@ from dreamerv3_jax import sharding, update
 from dreamerv3_jax.agent import Agent
 from dreamerv3_jax.config import AgentConfig
 from dreamerv3_jax.errors import UserError
-from dreamerv3_jax.optimizer import make_optimizer
 from dreamerv3_jax.spaces import ActionAdapter, ObservationAdapter
 
 VECTOR = Box(-np.inf, np.inf, (4,), np.float32)
@@ -106,15 +105,7 @@ def test_policy_acts_in_the_space(name):
 def test_update_keeps_shapes_and_types(name):
     agent = make_agent(name)
     state = jax.eval_shape(lambda: agent.init(0))
-    function = functools.partial(
-        update.update,
-        networks=agent.networks,
-        optimizer=make_optimizer(agent.config),
-        observation_specs=agent.observation_specs,
-        action_specs=agent.action_specs,
-        config=agent.config,
-    )
-    new, latents, metrics = jax.eval_shape(function, state, batch(name))
+    new, latents, metrics = jax.eval_shape(agent.pure_update, state, batch(name))
     assert_like(new, state)
     assert {x.dtype for x in jax.tree.leaves(new.params)} == {np.dtype('float32')}
     leading = (tiny_runs.SEQUENCES, tiny_runs.STEPS)
@@ -129,9 +120,11 @@ def test_update_keeps_shapes_and_types(name):
 @pytest.mark.parametrize('name', REAL)
 def test_updates(name, monkeypatch):
     traces = []
-    original = update.update
+    original = update.total_loss
     monkeypatch.setattr(
-        update, 'update', lambda *args, **options: traces.append(1) or original(*args, **options)
+        update,
+        'total_loss',
+        lambda *args, **options: traces.append(1) or original(*args, **options),
     )
     agent = Agent.from_spaces(*SPACES[name], tiny_runs.agent_config())
     state = agent.init(seed=0)

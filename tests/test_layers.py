@@ -375,6 +375,25 @@ def test_gradients_from_groups_of_images(group, side, height, width):
         close(actual, expected)
 
 
+@pytest.mark.parametrize('count', [8, 12, 6])  # in two turns, three, and all of them at once
+def test_pooling_in_turns(count, monkeypatch):
+    monkeypatch.setattr(convolutions, 'AT_ONCE', 4)
+    module, x = Conv(2, 3), jnp.round(2 * random(count, 4, 6, 2))
+    params = randomised(module, x)
+    params = jax.tree.map(lambda x: jnp.round(2 * x) / 2, params)  # so that some are equal
+    other = random(count, 2, 3, 3)
+
+    def gradients(module):
+        def loss(params, x):
+            return jnp.sum(other * module.apply(params, x, method='pooled') ** 2)
+
+        return jax.value_and_grad(loss, (0, 1))(params, x)
+
+    turns = jax.make_jaxpr(lambda: Conv(2, 3, group=2).apply(params, x, method='pooled'))()
+    assert ('pool_in_turns' in str(turns)) == (count != 6)
+    jax.tree.map(close, gradients(Conv(2, 3, group=2)), gradients(module))
+
+
 def test_gradient_of_a_kernel_from_groups_by_hand():
     # Two images of one pixel, 2 and 3, and their gradients 5 and 7: the center has 2 * 5 + 3 * 7.
     x, gradient = jnp.array([2.0, 3]).reshape(2, 1, 1, 1), jnp.array([5.0, 7]).reshape(2, 1, 1, 1)

@@ -160,6 +160,27 @@ def test_small_buffers_stay_out_of_the_holes_of_large_ones():
     assert tuned(code) == 'True True\nTrue\n'
 
 
+def test_large_buffers_find_their_places_again():
+    """Also where they are not much larger than what is put between them."""
+    code = (
+        "library = ctypes.CDLL('libc.so.6')\n"
+        'library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n'
+        'library.free.argtypes = [ctypes.c_void_p]\n'
+        'startup.return_memory([10**8] * 2)\n'
+        'def update():\n'
+        '    large = [library.malloc(10**8) for _ in range(2)]\n'
+        '    stay.append(library.malloc(10**7))\n'
+        '    for buffer in large:\n'
+        '        library.free(buffer)\n'
+        '    return large\n'
+        'stay = []\n'
+        'first = update()\n'
+        'same = all(set(update()) == set(first) for _ in range(10))\n'
+        'print(same, abs(first[0] - first[1]) > 15 * 10**7)\n'
+    )
+    assert tuned(code) == 'True True\n'
+
+
 HUGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 

@@ -14,12 +14,9 @@ from tiny_agent import ACTION_SPECS, OBSERVATION_SPECS
 from dreamerv3_jax import losses as losses_lib
 from dreamerv3_jax import update as update_lib
 from dreamerv3_jax.agent import Agent
-from dreamerv3_jax.networks import make_networks
-from dreamerv3_jax.optimizer import make_optimizer
 from dreamerv3_jax.spaces import ArraySpec
-from dreamerv3_jax.train_state import init_train_state
 from dreamerv3_jax.types import Batch
-from dreamerv3_jax.update import loss_scales, update
+from dreamerv3_jax.update import loss_scales
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -244,11 +241,8 @@ def test_remat_changes_no_number(updated):
 
 
 def test_bfloat16_is_inside_only():
-    config = tiny.config(compute_dtype='bfloat16')
-    networks = make_networks(OBSERVATION_SPECS, ACTION_SPECS, config)
-    optimizer = make_optimizer(config)
-    observation = {name: x[:1] for name, x in tiny.observations(1).items()}
-    state = jax.eval_shape(lambda: init_train_state(networks, optimizer, observation, np.uint32(0)))
+    agent = Agent(OBSERVATION_SPECS, ACTION_SPECS, tiny.config(compute_dtype='bfloat16'))
+    state = jax.eval_shape(lambda: agent.init(0))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         for name in (
@@ -265,18 +259,7 @@ def test_bfloat16_is_inside_only():
                 return seen[-1]
 
             patch.setattr(losses_lib, name, recorded)
-        after, stored, metrics = jax.eval_shape(
-            functools.partial(
-                update,
-                networks=networks,
-                optimizer=optimizer,
-                observation_specs=OBSERVATION_SPECS,
-                action_specs=ACTION_SPECS,
-                config=config,
-            ),
-            state,
-            tiny.batch(),
-        )
+        after, stored, metrics = jax.eval_shape(agent.pure_update, state, tiny.batch())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
@@ -289,19 +272,8 @@ def test_bfloat16_is_inside_only():
 @pytest.mark.medium
 def test_bfloat16_update_runs():
     specs = {'vector': ArraySpec('continuous', (2,))}, {'action': ArraySpec('discrete', (1,), (2,))}
-    config = tiny.config(compute_dtype='bfloat16', imagination_length=2)
-    networks, optimizer = make_networks(*specs, config), make_optimizer(config)
-    step = functools.partial(
-        update,
-        networks=networks,
-        optimizer=optimizer,
-        observation_specs=specs[0],
-        action_specs=specs[1],
-        config=config,
-    )
-    shapes = jax.eval_shape(
-        lambda: init_train_state(networks, optimizer, {'vector': np.ones((1, 2))}, np.uint32(0))
-    )
+    agent = Agent(*specs, tiny.config(compute_dtype='bfloat16', imagination_length=2))
+    shapes = jax.eval_shape(lambda: agent.init(0))
     before = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     before = before.replace(params=tiny.perturbed(before.params, seed=0, scale=0.5))
     shape = (1, 3)
@@ -316,7 +288,7 @@ def test_bfloat16_update_runs():
         np.zeros((1, 16), np.float32),
         np.zeros((1, 4), np.uint8),
     )
-    after, stored, metrics = jax.jit(step)(before, batch)
+    after, stored, metrics = jax.jit(agent.pure_update)(before, batch)
     assert all(np.isfinite(x) for x in metrics.values())
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after.params))
     # It was computed in half precision: the state has no more significant bits than that.

@@ -11,6 +11,7 @@ from dreamerv3_jax.nets.layers import along_last, truncated_normal
 from dreamerv3_jax.types import Array
 
 MANY_CHANNELS = 16  # fewer of them leave registers and matrix units half empty
+AT_ONCE = 32  # images of `pool_in_turns`, a part of them on each device
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -110,8 +111,12 @@ class Conv(nn.Module):
         fold = jnp.asarray(_pool_fold())
         kernel = jnp.einsum('abio,apmx,bqny->xypqimno', self.kernel, fold, fold)
         kernel = kernel.reshape(3, 3, 4 * self.inputs, 4 * self.features)
-        x = self._convolve(space_to_depth(x), kernel)
-        return self._add_bias(largest(*jnp.split(x, 4, -1)))
+        x = space_to_depth(x)
+        if self.group and len(x) % AT_ONCE == 0:
+            x = pool_in_turns(x.astype(self.dtype), kernel.astype(self.dtype), self.group)
+        else:
+            x = largest(*jnp.split(self._convolve(x, kernel), 4, -1))
+        return self._add_bias(x)
 
     def upsampled(self, x: Array) -> Array:
         """`conv(nearest_upsample(x))`: [N, H, W, inputs] -> [N, 2H, 2W, features]."""
@@ -144,29 +149,75 @@ def max_pool(x: Array) -> Array:
 
 @jax.custom_vjp
 def largest(*arrays: Array) -> Array:
-    """The maximum of arrays, by element, whose gradient goes in equal parts to all that are it.
+    """Maximum of four arrays, by element, whose gradient goes in equal parts to all that are it.
 
     Of slices, as the gradient of a maximum over windows is a scatter. That of `jnp.maximum` would
-    decide each pair by itself, with a division each.
+    decide each pair by itself, with a division each. The arrays are not kept for the gradient, but
+    a bit of each element.
     """
     return functools.reduce(jnp.maximum, arrays)
 
 
-def _largest_forward(*arrays: Array) -> tuple[Array, tuple[tuple[Array, ...], Array]]:
+def _largest_forward(*arrays: Array) -> tuple[Array, Array]:
     most = largest(*arrays)
-    return most, (arrays, most)
+    bits = [(array == most).astype(jnp.uint8) << bit for bit, array in enumerate(arrays)]
+    # Or else the compiler keeps the arrays, to find the bits again.
+    return most, jax.lax.optimization_barrier(functools.reduce(jnp.bitwise_or, bits))
 
 
-def _largest_backward(
-    residuals: tuple[tuple[Array, ...], Array], gradient: Array
-) -> tuple[Array, ...]:
-    arrays, most = residuals
-    chosen = [array == most for array in arrays]
-    part = gradient / sum(is_most.astype(gradient.dtype) for is_most in chosen)
-    return tuple(jnp.where(is_most, part, jnp.zeros((), part.dtype)) for is_most in chosen)
+def _largest_backward(bits: Array, gradient: Array) -> tuple[Array, ...]:
+    chosen = [bits >> bit & 1 for bit in range(4)]
+    part = gradient / functools.reduce(jnp.add, chosen).astype(gradient.dtype)
+    return tuple(jnp.where(is_most == 1, part, jnp.zeros((), part.dtype)) for is_most in chosen)
 
 
 largest.defvjp(_largest_forward, _largest_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def pool_in_turns(x: Array, kernel: Array, group: int) -> Array:
+    """`largest` of the four parts of what `convolve_in_groups` returns, for a CPU.
+
+    What is convolved is four times as large as its maximum. It is computed for `AT_ONCE` images at
+    a time, so that caches hold it, and is never whole.
+
+    Args:
+      x: [N, H, W, n], where `AT_ONCE` divides N.
+      kernel: [k, k, n, 4 m], of an odd k.
+      group: of `convolve_in_groups`.
+
+    Returns:
+      [N, H, W, m].
+    """
+    return _pool_forward(x, kernel, group)[0]
+
+
+def _pool_forward(x: Array, kernel: Array, group: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    turns = x.reshape(AT_ONCE, -1, *x.shape[1:])  # devices have their images one after the other
+
+    def take_turn(turn: Array, results: list[Array]) -> list[Array]:
+        parts = jnp.split(convolve(turns[:, turn], kernel), 4, -1)
+        return [
+            jax.lax.dynamic_update_index_in_dim(whole, part, turn, 1)
+            for whole, part in zip(results, _largest_forward(*parts), strict=True)
+        ]
+
+    shape = (*turns.shape[:-1], kernel.shape[-1] // 4)
+    start = [jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.uint8)]
+    results = jax.lax.fori_loop(0, turns.shape[1], take_turn, start)
+    most, bits = (result.reshape(-1, *shape[2:]) for result in results)
+    return most, (x, kernel, bits)
+
+
+def _pool_backward(
+    group: int, residuals: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel, bits = residuals
+    parts = jnp.concatenate(_largest_backward(bits, gradient), -1)
+    return _convolve_backward(group, (x, kernel), parts)
+
+
+pool_in_turns.defvjp(_pool_forward, _pool_backward)
 
 
 def _upsample_fold() -> np.ndarray:

@@ -136,7 +136,7 @@ def main() -> None:
         programs = {'the policy': compiled_policy(make_agent(case, mesh))}
         for name, left_out in {'as it is': (), 'as written first': tuple(plain.PATCHES)}.items():
             with plain.without(*left_out):
-                programs[name] = make_agent(case, mesh).compile_update(16, 64)
+                (programs[name],) = make_agent(case, mesh).compile_update(16, 64)
         for name, compiled in programs.items():
             text, temporaries = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
             cells = [

@@ -39,6 +39,9 @@ LOOPS = {15: 'in imagination', 64: 'along the sequence'}  # by their length
 COLUMNS = ('ms', 'share', 'GFLOP', 'of peak', 'GB', 'of bandwidth', 'least ms')
 
 
+Operation = tuple[str, str]  # names of its program and of itself
+
+
 def part_of(name: str, where: str, calls: float) -> str:
     """Part of the agent, and whether the operation is in a loop or backward."""
     if name.startswith(('all-reduce', 'all-gather', 'reduce-scatter')):
@@ -52,7 +55,7 @@ def part_of(name: str, where: str, calls: float) -> str:
 
 def profile(
     size: str, kind: str, updates: int
-) -> tuple[dict[str, Any], dict[str, list[float]], float]:
+) -> tuple[dict[Operation, Any], dict[Operation, list[float]], float]:
     """Costs of the compiled update's operations, seconds of all calls in `updates` updates, and of
     these updates."""
     import jax
@@ -69,12 +72,19 @@ def profile(
             seconds = time.perf_counter() - start
         (path,) = pathlib.Path(folder).rglob('*.trace.json.gz')
         events = json.loads(gzip.decompress(path.read_bytes()))['traceEvents']
-    costs = roofline.costs(agent._compiled_update.as_text())
+    texts = [program.as_text() for program in agent._programs]
+    names = [text.split(',')[0].removeprefix('HloModule ') for text in texts]
+    costs = {
+        (module, name): cost
+        for module, text in zip(names, texts, strict=True)
+        for name, cost in roofline.costs(text).items()
+    }
     calls = collections.defaultdict(list)
     for event in events:
         name = event.get('name', '')
-        if event.get('ph') == 'X' and name in costs and not name.startswith(('while', 'call')):
-            calls[name].append(event['dur'] / 1e6)
+        where = event.get('args', {}).get('hlo_module'), name
+        if event.get('ph') == 'X' and where in costs and not name.startswith(('while', 'call')):
+            calls[where].append(event['dur'] / 1e6)
     return costs, calls, seconds
 
 
@@ -142,15 +152,15 @@ def main() -> None:
     peak, bandwidth = measured_peak() * 1e9 / cores, measured_bandwidth() * 1e9 / cores
     parts: dict[str, Work] = {}
     operations: dict[str, Work] = {}
-    for name, durations in calls.items():
-        cost, count = costs[name], len(durations) / options.updates
+    for operation, durations in calls.items():
+        cost, count = costs[operation], len(durations) / options.updates
         least = max(cost.flops / peak, cost.size / bandwidth)
         work = Work(
             sum(durations) / options.updates, *(count * x for x in (cost.flops, cost.size, least))
         )
-        part = part_of(name, cost.where, count / cores)
+        part = part_of(operation[1], cost.where, count / cores)
         parts[part] = work + parts.get(part, Work(0, 0, 0, 0))
-        operations[f'{count:.0f} x {name} {cost.where[-70:]}'] = work
+        operations[f'{count:.0f} x {" ".join(operation)} {cost.where[-70:]}'] = work
     traced = sum((work for work in parts.values()), Work(0, 0, 0, 0))
     whole = traced._replace(seconds=cores * seconds / options.updates)
     parts['not traced (convolutions, or nothing)'] = Work(whole.seconds - traced.seconds, 0, 0, 0)

@@ -1,0 +1,28 @@
+"""Networks as pairs of functions."""
+
+import jax
+import jax.numpy as jnp
+
+from dreamerv3_jax.networks import with_gradients_at_once
+
+
+def test_gradients_at_once_are_the_same():
+    def loss(params, x, wrapped):
+        params, x = with_gradients_at_once(params, x) if wrapped else (params, x)
+        return jnp.sum((params['scale'] * x + params['bias']) ** 2)
+
+    params, x = {'scale': jnp.array([2.0, 3.0]), 'bias': jnp.array(1.0)}, jnp.array([5.0, 7.0])
+    plain, once = (jax.grad(loss, (0, 1))(params, x, wrapped) for wrapped in (False, True))
+    assert jax.tree.map(jnp.array_equal, once, plain) == jax.tree.map(lambda _: True, plain)
+    assert once[1].tolist() == [2 * 11 * 2, 2 * 22 * 3]
+
+
+def test_gradients_of_inputs_wait_for_those_of_parameters():
+    """They are computed from all of them, also in the compiled program."""
+    params, x = {'a': jnp.zeros((2, 2)), 'b': jnp.ones(3)}, jnp.ones(4, jnp.bfloat16)
+    _, backward = jax.vjp(with_gradients_at_once, params, x)
+    gradient = {'a': jnp.ones((2, 2)), 'b': jnp.array([jnp.nan, 1, 1])}
+    found, of_x = backward((gradient, x))
+    assert found['b'][1] == 1 and of_x.dtype == jnp.bfloat16 and jnp.isnan(of_x).all()
+    program = jax.jit(lambda *grads: backward(grads)[1]).lower(params, x).compile()
+    assert program.as_text().count('parameter(') >= 3  # it reads all of them
