@@ -63,7 +63,11 @@ class Agent:
             config = AgentConfig.from_mapping(config)
         self.config = config.on(device.platform, str(getattr(device, 'compute_capability', '')))
         self.networks = make_networks(
-            self.observation_specs, self.action_specs, self.config, device.platform
+            self.observation_specs,
+            self.action_specs,
+            self.config,
+            device.platform,
+            self.mesh.size,
         )
         self._optimizer = make_optimizer(self.config)
         self._compute_gradients = functools.partial(

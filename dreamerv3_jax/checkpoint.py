@@ -161,8 +161,9 @@ class Checkpointer:
 
     def _remove_old(self) -> None:
         """Removes all but the newest, as far as it is possible."""
-        for step in _steps(self._folder)[:-KEEP]:
-            shutil.rmtree(self._folder / str(step), ignore_errors=True)  # or at the next save
+        with contextlib.suppress(OSError):
+            for step in _steps(self._folder)[:-KEEP]:
+                shutil.rmtree(self._folder / str(step), ignore_errors=True)  # or at the next save
 
     def restore_state(self, abstract: TrainState) -> TrainState:
         """Reads the newest train state onto the shardings of `abstract`.

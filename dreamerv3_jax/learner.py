@@ -153,8 +153,9 @@ class Learner:
         Raises:
           Failure: too many updates in a row were skipped.
         """
-        while self._pending:
-            self._use()
+        with self._timer.section('update'):
+            while self._pending:
+                self._use()
         self._acting_params = None
 
     def _use(self) -> None:
@@ -185,14 +186,8 @@ class Learner:
             self.feed.load_state(saved.replay)
             self.ratio.load_state(ratio)
 
-    def take_metrics(self, *, final: bool) -> dict[str, tuple[float, int]]:
-        """Returns and forgets what updates measured, see `Means.take`; waits for the last if final.
-
-        Raises:
-          Failure: too many updates in a row were skipped.
-        """
-        if final:
-            self.finish()
+    def take_metrics(self) -> dict[str, tuple[float, int]]:
+        """Returns and forgets what updates measured whose results were used, see `Means.take`."""
         return self._metrics.take()
 
     def _count_skipped(self, metrics: Mapping[str, Any]) -> None:

@@ -118,20 +118,18 @@ class Trainer:
         for line in summary.lines(config, logdir, preset, self._agent):
             self._say(line)
         self.counters: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        batch_steps = config.replay.batch_size * config.replay.batch_length
         self._learner = Learner(
             self._agent,
             self._agent.init(config.seed),
             self._replay,
-            TrainRatio(
-                config.replay.train_ratio, config.replay.batch_size * config.replay.batch_length
-            ),
+            TrainRatio(config.replay.train_ratio, batch_steps),
             counters=self.counters,
             timer=self._timer,
             say=self._say,
         )
-        self._checkpointer = opened.enter_context(
-            contextlib.closing(checkpoint.Checkpointer(logdir / 'checkpoints'))
-        )
+        checkpointer = checkpoint.Checkpointer(logdir / 'checkpoints')
+        self._checkpointer = opened.enter_context(contextlib.closing(checkpointer))
         if resumed is not None:
             shapes = checkpoint.abstract_state(self._learner.state)
             self._learner.restore(self._checkpointer.restore(shapes))
@@ -143,10 +141,8 @@ class Trainer:
         opened.callback(self._progress.close)
         self._show_messages()
         if resumed is not None:
-            self._say(
-                f'Going on at {self.counters["frames"]:,} frames and '
-                f'{self.counters["updates"]:,} updates; the environments start new episodes.'
-            )
+            done = f'{self.counters["frames"]:,} frames and {self.counters["updates"]:,} updates'
+            self._say(f'Going on at {done}; the environments start new episodes.')
 
     def _look_into_folder(self) -> int | None:
         """Locks the folder, if it is there, and returns the step of its newest checkpoint."""
@@ -348,8 +344,14 @@ class Trainer:
 
     def log(self, *, final: bool = False) -> None:
         """Writes the means since the last call; waits for the update in flight only if final."""
+        if final:
+            try:
+                self._learner.finish()
+            except Failure:  # what led to it is written, too
+                self.log()
+                raise
         self._logged = time.monotonic()
-        measured = self._learner.take_metrics(final=final)
+        measured = self._learner.take_metrics()
         self._writer.put({f'episode/{name}': x for name, x in self._env.logs.take().items()})
         everywhere = hosts.gather(self._writer.take())
         if isinstance(self._writer, MetricWriter):
@@ -381,9 +383,7 @@ class Trainer:
             held = self._config.run.checkpoint_replay
             if not (error.full and held) or self._interrupts.received or hosts.count() > 1:
                 raise
-            self._progress.message(
-                f'{error} Saving without the replay, to collect anew from there.'
-            )
+            self._progress.message(f'{error} Saving without the replay, to collect anew.')
             self.save(replay=False)
 
     def save(self, *, replay: bool = True) -> None:

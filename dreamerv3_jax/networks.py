@@ -52,7 +52,8 @@ def with_gradients_at_once(params: Params, inputs: Any) -> tuple[Params, Any]:
 
 def _after_those_of_parameters(_: None, grads: tuple[Params, Any]) -> tuple[Params, Any]:
     params, inputs = grads
-    # Nothing is left of a barrier on CPUs. A product by zero stays, as it may be NaN.
+    # Nothing is left of a barrier on CPUs when operations are ordered. A product by zero stays, as
+    # it may be NaN.
     zero = 0.0 * sum(leaf.ravel()[0] for leaf in jax.tree.leaves(params))
     return params, jax.tree.map(lambda x: x + zero.astype(x.dtype), inputs)
 
@@ -102,6 +103,7 @@ def make_networks(
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
     platform: str | None = None,
+    devices: int = 1,
 ) -> Networks:
     """Builds all networks for the given spaces; nothing is allocated.
 
@@ -111,6 +113,7 @@ def make_networks(
       config: settings.
       platform: of the devices, such as 'cpu', by default JAX's own. It decides how arrays lie
         in memory; results differ by rounding only.
+      devices: among which batches are split.
     """
     dtype = compute_dtype(config)
     stoch = config.stoch * config.classes
@@ -118,8 +121,9 @@ def make_networks(
     network = functools.partial(Network, remat=config.remat)
     on_cpu = (platform or jax.default_backend()) == 'cpu'
     group = 16 if on_cpu else 0  # one register of numbers
+    turn = 2 * group if 2 * group % devices == 0 else 0  # images that fit the caches
     encoder = Encoder(
-        observation_specs, config.encoder_layers, config.units, config.depth, dtype, group
+        observation_specs, config.encoder_layers, config.units, config.depth, dtype, group, turn
     )
 
     def head(layers: int, outputs: int, output_scale: float) -> Network:

@@ -219,6 +219,7 @@ def compile_for(function: Callable, *arguments: Any, out_shardings: Any, donate:
       out_shardings: of the results.
       donate: how many arguments to donate.
     """
+    # Unused arguments stay: what `plan` reads of the program's memory is of all that is there.
     jitted = jax.jit(
         function, donate_argnums=range(donate), out_shardings=out_shardings, keep_unused=True
     )

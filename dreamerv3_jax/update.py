@@ -115,8 +115,8 @@ def compute_gradients(
     observation_specs: Mapping[str, ArraySpec],
     action_specs: Mapping[str, ArraySpec],
     config: AgentConfig,
-    whole: Callable[[Any], Any] = lambda tree: tree,
-    split: Callable[[Any], Any] = lambda tree: tree,
+    whole: Callable[[Any], Any],
+    split: Callable[[Any], Any],
 ) -> tuple[dict[str, Params], ReturnPercentiles, StoredLatent, Metrics]:
     """Gradients of all losses, in one backward pass.
 

@@ -1,7 +1,6 @@
 """Videos of what an environment shows."""
 
 import contextlib
-import errno
 import io
 import os
 import warnings
@@ -67,7 +66,7 @@ class Film:
                 if self._buffer is not None:
                     self._path.write_bytes(self._buffer.getvalue())
                 elif self._path.suffix == '.mp4' and not _complete(self._path):  # ffmpeg is silent
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise OSError('ffmpeg did not complete it; is the disk full?')
 
     def add(self, picture: np.ndarray) -> None:
         """Appends [H, W, 3] `uint8`.

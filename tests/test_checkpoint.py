@@ -181,6 +181,7 @@ def test_damaged_twice_at_the_same_step(folder):
         assert read(folder).counters['ticks'] == 10
         write(folder, 20)
     assert read(folder).counters['ticks'] == 20
+    gc.collect()
 
 
 @pytest.mark.parametrize(
@@ -315,6 +316,7 @@ def test_nothing_but_damaged_checkpoints(folder):
         read(folder)
     assert 'holds no checkpoint that can be read' in str(error.value)
     assert sorted(path.name for path in folder.iterdir()) == ['10', '20']
+    gc.collect()
 
 
 def truncate(folder):

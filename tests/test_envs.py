@@ -573,6 +573,13 @@ def test_an_environment_that_fails_is_built_again(autoreset, vectorization, what
         env.step(ZEROS)
         env.step(ZEROS)
         if what == 'hang':  # the one step; to start processes takes longer at times
+            patient, rebuild = env._settings, env._rebuild
+
+            def rebuild_patiently(*arguments):
+                env._settings = patient
+                return rebuild(*arguments)
+
+            env._rebuild = rebuild_patiently
             env._settings = dataclasses.replace(env._settings, timeout=2.0)
         env.start(ZEROS)
         records, finals = env.finish()
@@ -744,7 +751,7 @@ def test_termination_of_all_processes_ends_the_run(built, monkeypatch):
 
         def terminate(worker):
             worker.terminate()
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
         def start_and_terminate(settings, row):
             connection, worker = start(settings, row)

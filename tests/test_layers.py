@@ -376,8 +376,7 @@ def test_gradients_from_groups_of_images(group, side, height, width):
 
 
 @pytest.mark.parametrize('count', [8, 12, 6])  # in two turns, three, and all of them at once
-def test_pooling_in_turns(count, monkeypatch):
-    monkeypatch.setattr(convolutions, 'AT_ONCE', 4)
+def test_pooling_in_turns(count):
     module, x = Conv(2, 3), jnp.round(2 * random(count, 4, 6, 2))
     params = randomised(module, x)
     params = jax.tree.map(lambda x: jnp.round(2 * x) / 2, params)  # so that some are equal
@@ -389,9 +388,10 @@ def test_pooling_in_turns(count, monkeypatch):
 
         return jax.value_and_grad(loss, (0, 1))(params, x)
 
-    turns = jax.make_jaxpr(lambda: Conv(2, 3, group=2).apply(params, x, method='pooled'))()
-    assert ('pool_in_turns' in str(turns)) == (count != 6)
-    jax.tree.map(close, gradients(Conv(2, 3, group=2)), gradients(module))
+    in_turns = Conv(2, 3, group=2, turn=4)
+    program = jax.make_jaxpr(lambda: in_turns.apply(params, x, method='pooled'))()
+    assert ('pool_in_turns' in str(program)) == (count != 6)
+    jax.tree.map(close, gradients(in_turns), gradients(module))
 
 
 def test_gradient_of_a_kernel_from_groups_by_hand():

@@ -41,7 +41,7 @@ def check_memory(folder):
     found = memory_flat.measure(config, folder)
     assert len(found) == memory_flat.POINTS + 1
     assert found[0][1] < 1e9
-    assert memory_flat.growth(found) < 0.02, found
+    assert memory_flat.is_flat(found), found
     leaking = [(steps, size + (steps - found[0][0]) * 64 * 64 * 3) for steps, size in found]
     assert memory_flat.growth(leaking) > 0.02, found
 
@@ -56,6 +56,8 @@ def test_growth_is_what_goes_on():
     assert growth(100, 100, 130, 130, 130, 130, 130) == 0.0
     assert growth(100, 101, 51, 52, 53, 54, 55) == pytest.approx(0.03)
     assert growth(*[7] * 51) == 0.0
+    assert memory_flat.rise([(0, 100), (1, 50), (2, 60), (3, 55)]) == pytest.approx(0.2)
+    assert not memory_flat.is_flat([(0, 100), (1, 100), (2, 111), (3, 111)])
 
 
 @pytest.mark.slow
@@ -90,7 +92,7 @@ def test_evaluations_leave_nothing_behind(count, vectorization, tmp_path):
     for _ in range(count):
         evaluate(tmp_path, episodes=2)
     assert before['processes'] == 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while left := {name: (before[name], n) for name, n in held().items() if n > before[name]}:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)  # threads need a moment to end

@@ -21,8 +21,11 @@ def test_gradients_of_inputs_wait_for_those_of_parameters():
     """They are computed from all of them, also in the compiled program."""
     params, x = {'a': jnp.zeros((2, 2)), 'b': jnp.ones(3)}, jnp.ones(4, jnp.bfloat16)
     _, backward = jax.vjp(with_gradients_at_once, params, x)
-    gradient = {'a': jnp.ones((2, 2)), 'b': jnp.array([jnp.nan, 1, 1])}
-    found, of_x = backward((gradient, x))
-    assert found['b'][1] == 1 and of_x.dtype == jnp.bfloat16 and jnp.isnan(of_x).all()
-    program = jax.jit(lambda *grads: backward(grads)[1]).lower(params, x).compile()
-    assert program.as_text().count('parameter(') >= 3  # it reads all of them
+    program = jax.jit(lambda *grads: backward(grads))
+    for name, index in ('a', (0, 0)), ('b', 0):
+        gradient = jax.tree.map(jnp.ones_like, params)
+        found, of_x = program(gradient, x)
+        assert of_x.dtype == jnp.bfloat16 and (of_x == 1).all()
+        gradient[name] = gradient[name].at[index].set(jnp.nan)
+        found, of_x = program(gradient, x)
+        assert jnp.isnan(found[name]).sum() == 1 and jnp.isnan(of_x).all()

@@ -11,7 +11,6 @@ from dreamerv3_jax.nets.layers import along_last, truncated_normal
 from dreamerv3_jax.types import Array
 
 MANY_CHANNELS = 16  # fewer of them leave registers and matrix units half empty
-AT_ONCE = 32  # images of `pool_in_turns`, a part of them on each device
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -78,12 +77,14 @@ class Conv(nn.Module):
       features: m.
       dtype: of the products.
       group: of `convolve_in_groups`, where it divides the number of images; 0 is `convolve`.
+      turn: of `pool_in_turns`, where it divides the number of images; a multiple of the group.
     """
 
     inputs: int
     features: int
     dtype: jnp.dtype = jnp.float32
     group: int = 0
+    turn: int = 0
 
     def setup(self) -> None:
         """Creates the parameters `kernel` and `bias`."""
@@ -112,8 +113,9 @@ class Conv(nn.Module):
         kernel = jnp.einsum('abio,apmx,bqny->xypqimno', self.kernel, fold, fold)
         kernel = kernel.reshape(3, 3, 4 * self.inputs, 4 * self.features)
         x = space_to_depth(x)
-        if self.group and len(x) % AT_ONCE == 0:
-            x = pool_in_turns(x.astype(self.dtype), kernel.astype(self.dtype), self.group)
+        if self.turn and len(x) % self.turn == 0:
+            x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+            x = pool_in_turns(x, kernel, self.turn, self.group)
         else:
             x = largest(*jnp.split(self._convolve(x, kernel), 4, -1))
         return self._add_bias(x)
@@ -161,7 +163,7 @@ def largest(*arrays: Array) -> Array:
 def _largest_forward(*arrays: Array) -> tuple[Array, Array]:
     most = largest(*arrays)
     bits = [(array == most).astype(jnp.uint8) << bit for bit, array in enumerate(arrays)]
-    # Or else the compiler keeps the arrays, to find the bits again.
+    # Or else compilers of accelerators may keep the arrays, to find the bits again.
     return most, jax.lax.optimization_barrier(functools.reduce(jnp.bitwise_or, bits))
 
 
@@ -174,31 +176,34 @@ def _largest_backward(bits: Array, gradient: Array) -> tuple[Array, ...]:
 largest.defvjp(_largest_forward, _largest_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def pool_in_turns(x: Array, kernel: Array, group: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def pool_in_turns(x: Array, kernel: Array, turn: int, group: int) -> Array:
     """`largest` of the four parts of what `convolve_in_groups` returns, for a CPU.
 
-    What is convolved is four times as large as its maximum. It is computed for `AT_ONCE` images at
-    a time, so that caches hold it, and is never whole.
+    What is convolved is four times as large as its maximum. It is computed for some images at a
+    time, so that caches hold it, and is never whole.
 
     Args:
-      x: [N, H, W, n], where `AT_ONCE` divides N.
+      x: [N, H, W, n].
       kernel: [k, k, n, 4 m], of an odd k.
+      turn: images at a time. It divides N, and devices divide it.
       group: of `convolve_in_groups`.
 
     Returns:
       [N, H, W, m].
     """
-    return _pool_forward(x, kernel, group)[0]
+    return _pool_forward(x, kernel, turn, group)[0]
 
 
-def _pool_forward(x: Array, kernel: Array, group: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    turns = x.reshape(AT_ONCE, -1, *x.shape[1:])  # devices have their images one after the other
+def _pool_forward(
+    x: Array, kernel: Array, turn: int, group: int
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    turns = x.reshape(turn, -1, *x.shape[1:])  # each device takes its images in turn
 
-    def take_turn(turn: Array, results: list[Array]) -> list[Array]:
-        parts = jnp.split(convolve(turns[:, turn], kernel), 4, -1)
+    def take_turn(number: Array, results: list[Array]) -> list[Array]:
+        parts = jnp.split(convolve(turns[:, number], kernel), 4, -1)
         return [
-            jax.lax.dynamic_update_index_in_dim(whole, part, turn, 1)
+            jax.lax.dynamic_update_index_in_dim(whole, part, number, 1)
             for whole, part in zip(results, _largest_forward(*parts), strict=True)
         ]
 
@@ -210,11 +215,11 @@ def _pool_forward(x: Array, kernel: Array, group: int) -> tuple[Array, tuple[Arr
 
 
 def _pool_backward(
-    group: int, residuals: tuple[Array, Array, Array], gradient: Array
+    turn: int, group: int, residuals: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel, bits = residuals
-    parts = jnp.concatenate(_largest_backward(bits, gradient), -1)
-    return _convolve_backward(group, (x, kernel), parts)
+    _, backward = jax.vjp(lambda x, kernel: convolve_in_groups(x, kernel, group), x, kernel)
+    return backward(jnp.concatenate(_largest_backward(bits, gradient), -1))
 
 
 pool_in_turns.defvjp(_pool_forward, _pool_backward)

@@ -53,6 +53,7 @@ class Encoder(nn.Module):
       depth: channels of the stages are 2, 3, 4 and 4 times this.
       dtype: compute dtype.
       group: images of a group on a CPU, see `Conv`.
+      turn: images at a time on a CPU, see `Conv`.
     """
 
     specs: Mapping[str, ArraySpec]
@@ -61,6 +62,7 @@ class Encoder(nn.Module):
     depth: int
     dtype: jnp.dtype
     group: int = 0
+    turn: int = 0
 
     def setup(self) -> None:
         """Creates `mlp` and the stages `conv_i`, `norm_i`, as far as the observation needs them."""
@@ -72,7 +74,7 @@ class Encoder(nn.Module):
             channels = [sum(self.specs[name].shape[-1] for name in images)]
             channels += [self.depth * multiple for multiple in STAGES]
             self.conv = [
-                Conv(*pair, self.dtype, self.group)
+                Conv(*pair, self.dtype, self.group, self.turn)
                 for pair in zip(channels, channels[1:], strict=False)
             ]
             self.norm = [RMSNorm(features, self.dtype) for features in channels[1:]]
