@@ -200,13 +200,17 @@ def return_memory(buffers: Sequence[int] = ()) -> None:
 
 
 def _take_pieces(library: ctypes.CDLL) -> None:
-    """Takes what is free in the heap as it is now, the largest powers of two first."""
+    """Takes what is free in the heap as it is now, the largest pieces first."""
     end = library.sbrk(0)
-    for bits in range(30, 4, -1):
-        # With the 8 bytes that `malloc` puts before each piece it is a power of two.
-        while (piece := library.malloc(2**bits - 8)) and piece + 2**bits <= end:
+    octaves = [2**bits for bits in range(30, 4, -1)]
+    # Down to a page by eighths of an octave: each piece uses the page in which it begins.
+    sizes = [size * part // 8 for size in octaves for part in range(15, 7, -1) if size > 2**12]
+    for size in sizes + [size for size in octaves if size <= 2**12]:
+        # With the 8 bytes that `malloc` puts before each piece it has this size.
+        while (piece := library.malloc(size - 8)) and piece + size <= end:
             pass
         library.free(piece)
+    library.malloc_trim(0)  # pages behind the heap that pieces began in are no longer used
 
 
 def _make_places(library: ctypes.CDLL, sizes: Sequence[int]) -> None:

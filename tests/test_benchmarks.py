@@ -264,12 +264,13 @@ def test_the_page_on_speed_shows_what_was_measured():
     from experiments.benchmarks import results as report
 
     folder, page = ROOT / 'experiments/benchmarks', (ROOT / 'docs/speed.md').read_text()
-    results = json.loads((folder / 'results.json').read_text())
-    assert list(results['cases']) == [
-        name for case in measure.CASES for name in measure.names(case)
-    ]
-    assert set(report.AIMS) < set(results['cases'])
-    assert report.table(results) == (folder / 'results.md').read_text()
+    for machine in folder, folder / 'avx2':
+        results = json.loads((machine / 'results.json').read_text())
+        assert list(results['cases']) == [
+            name for case in measure.CASES for name in measure.names(case)
+        ]
+        assert set(report.AIMS) < set(results['cases'])
+        assert report.table(results) == (machine / 'results.md').read_text()
     for name in (
         'results', 'profile_vectors', 'profile_images', 'profile_size12m', 'accelerator',
         'plain_vectors', 'plain_images',
@@ -289,8 +290,8 @@ def test_overlap_measures_the_real_loop(monkeypatch, quick_compilation):
     monkeypatch.setattr(loop, 'Agent', loop.Agent)  # which is put back
     monkeypatch.setattr(overlap, 'UPDATES', (0.1,))
     monkeypatch.setattr(overlap, 'ENVIRONMENTS', 4)
-    ((update, acting, environments, tick),) = overlap.run(ticks=6)
-    assert update > 0.09 and environments > overlap.STEP and acting > 0
+    ((update, acting, environments, tick),) = overlap.run(ticks=30)
+    assert update > 0.08 and environments > overlap.STEP and acting > 0
     assert tick > overlap.UPDATES[0] + acting / 2  # one after the other
 
 

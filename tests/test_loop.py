@@ -307,10 +307,11 @@ def test_compiles_once(tmp_path, monkeypatch, fresh_agents):
 
         monkeypatch.setattr(module, name, counted)
 
-    count(update, 'update')
+    count(update, 'compute_gradients')
+    count(update, 'apply_gradients')
     count(policy, 'act')
     loop.train(counter_config(run__steps=60), tmp_path, 'tiny')
-    assert sorted(traces) == ['act', 'update']
+    assert sorted(traces) == ['act', 'apply_gradients', 'compute_gradients']
 
 
 # Whole runs.
