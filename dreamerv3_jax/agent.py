@@ -85,7 +85,8 @@ class Agent:
         self.pure_update = functools.partial(
             update.update, self._compute_gradients, self._apply_gradients
         )
-        self._programs: tuple[Any, ...] = ()
+        self._compiled_update: Any = None
+        self._programs: tuple[Any, ...] = ()  # that it consists of
         act = functools.partial(
             policy.act, self.networks, action_specs=self.action_specs, config=self.config
         )
@@ -244,27 +245,33 @@ class Agent:
         if self.mesh.devices.flat[0].platform == 'cpu':
             compute_gradients = sharding.compile_for(
                 self._compute_gradients,
-                *(state, batch),
+                state,
+                batch,
                 out_shardings=(by_state.params, everywhere, by_row, everywhere),
                 donate=0,
             )
-            percentiles = sharding.abstract(state.percentiles, everywhere)
-            total = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
             apply_gradients = sharding.compile_for(
                 self._apply_gradients,
-                *(state, state.params, percentiles, total),
+                state,
+                state.params,
+                sharding.abstract(state.percentiles, everywhere),
+                jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
                 out_shardings=(by_state, everywhere),
                 donate=1,
             )
             self._programs = compute_gradients, apply_gradients
+            self._compiled_update = functools.partial(
+                update.update, compute_gradients, apply_gradients
+            )
         else:
-            whole = sharding.compile_for(
+            self._compiled_update = sharding.compile_for(
                 self.pure_update,
-                *(state, batch),
+                state,
+                batch,
                 out_shardings=(by_state, by_row, everywhere),
                 donate=1,
             )
-            self._programs = (whole,)
+            self._programs = (self._compiled_update,)
         stats = self._programs[0].memory_analysis()  # None where a platform has none
         # One buffer for all temporaries of each device.
         buffers = [stats.temp_size_in_bytes] * len(self.mesh.local_devices) if stats else []
@@ -289,12 +296,9 @@ class Agent:
         """
         if not isinstance(batch.reward, jax.Array):
             batch = self.send(batch)
-        if not self._programs:
+        if self._compiled_update is None:
             self._compile(batch)
-        if len(self._programs) == 1:
-            return self._programs[0](state, batch)
-        compute_gradients, apply_gradients = self._programs
-        return update.update(compute_gradients, apply_gradients, state, batch)
+        return self._compiled_update(state, batch)
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of trained parameters by network; computed from shapes."""

@@ -24,7 +24,7 @@ class Network(NamedTuple):
 
     module: nn.Module
     remat: bool = False  # gradients compute what is inside again, which need not be kept then
-    gradients_at_once: bool = False  # see `with_gradients_at_once`
+    gradients_in_order: bool = False  # see `parameter_gradients_first`
 
     def init(self, key: chex.PRNGKey, *inputs: Any) -> Params:
         """Creates parameters for inputs of these shapes."""
@@ -35,22 +35,26 @@ class Network(NamedTuple):
         apply: Callable = functools.partial(self.module.apply, method=method)
         if self.remat:
             apply = jax.checkpoint(apply)
-        if self.gradients_at_once:
-            params, inputs = with_gradients_at_once(params, inputs)
+        if self.gradients_in_order:
+            params, inputs = parameter_gradients_first(params, inputs)
         return apply({'params': params}, *inputs)
 
 
 @jax.custom_vjp
-def with_gradients_at_once(params: Params, inputs: Any) -> tuple[Params, Any]:
-    """Returns what it is given; gradients of inputs come after those of parameters.
+def parameter_gradients_first(params: Params, inputs: Any) -> tuple[Params, Any]:
+    """Returns what it is given; gradients of inputs are computed after those of parameters.
 
     XLA on CPUs leaves gradients of parameters for the end. Until then it keeps all that they need
     of a decoder, beside what the gradients of the encoder need.
+
+    Args:
+      params: tree of arrays of any shapes, with one element at least.
+      inputs: tree of arrays of any shapes.
     """
     return params, inputs
 
 
-def _after_those_of_parameters(_: None, grads: tuple[Params, Any]) -> tuple[Params, Any]:
+def _inputs_last(_: None, grads: tuple[Params, Any]) -> tuple[Params, Any]:
     params, inputs = grads
     # Nothing is left of a barrier on CPUs when operations are ordered. A product by zero stays, as
     # it may be NaN.
@@ -58,7 +62,7 @@ def _after_those_of_parameters(_: None, grads: tuple[Params, Any]) -> tuple[Para
     return params, jax.tree.map(lambda x: x + zero.astype(x.dtype), inputs)
 
 
-with_gradients_at_once.defvjp(lambda *inputs: (inputs, None), _after_those_of_parameters)
+parameter_gradients_first.defvjp(lambda *arrays: (arrays, None), _inputs_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +117,7 @@ def make_networks(
       config: settings.
       platform: of the devices, such as 'cpu', by default JAX's own. It decides how arrays lie
         in memory; results differ by rounding only.
-      devices: among which batches are split.
+      devices: among how many batches are split.
     """
     dtype = compute_dtype(config)
     stoch = config.stoch * config.classes
@@ -158,7 +162,7 @@ def make_networks(
                 dtype=dtype,
                 group=group,
             ),
-            gradients_at_once=on_cpu,
+            gradients_in_order=on_cpu,
         ),
         reward=head(config.reward_layers, config.bins, 0.0),
         continue_=head(config.continue_layers, 1, 1.0),

@@ -43,8 +43,6 @@ def started(command, count, cache):
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': '1',
         'PYTHONPATH': os.path.dirname(__file__),
-        # One host may find what the other one is just writing there.
-        'PYTHONWARNINGS': 'ignore:Error reading persistent compilation cache entry',
     }
     processes = [
         subprocess.Popen(

@@ -57,7 +57,7 @@ def test_growth_is_what_goes_on():
     assert growth(100, 101, 51, 52, 53, 54, 55) == pytest.approx(0.03)
     assert growth(*[7] * 51) == 0.0
     assert memory_flat.rise([(0, 100), (1, 50), (2, 60), (3, 55)]) == pytest.approx(0.2)
-    assert not memory_flat.is_flat([(0, 100), (1, 100), (2, 111), (3, 111)])
+    assert not memory_flat.is_flat([(0, 100), (1, 100), (2, 106), (3, 106)])
 
 
 @pytest.mark.slow

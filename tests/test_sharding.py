@@ -109,8 +109,11 @@ def test_same_training_from_images(monkeypatch):
     monkeypatch.setattr(sharding, 'LEAST_SHARDED', 64)
     start = first_state_on_host(IMAGE)
     _, *expected = train(start, 1, 1, IMAGE)
-    _, *found = train(start, 2, 4, IMAGE)
+    agent, *found = train(start, 2, 4, IMAGE)
     check_same_training(found, expected)
+    # Images are pooled in turns, in which devices exchange nothing.
+    text = agent._programs[0].as_text()
+    assert 'pooled/while' in text and not collectives_in_loops(text)
 
 
 def check_same_training(found, one):
@@ -136,12 +139,17 @@ def check_same_training(found, one):
         np.testing.assert_allclose(value, expected, atol=limit, rtol=0, err_msg=name)
 
 
+def collectives_in_loops(program):
+    kinds = 'all-gather|all-reduce|all-to-all|collective-permute'
+    return re.findall(rf' (?:{kinds})\(.*op_name="(.*?while.*?)"', program)
+
+
 def check_communication(program, state, fsdp):
     """Devices exchange parameters once, gradients once, and the returns; nothing inside scans."""
     pattern = r' = (.*?) (all-gather|all-reduce|all-to-all|collective-permute)\(.*op_name="(.*?)"'
     found = re.findall(pattern, program)
     assert {kind for _, kind, _ in found} <= {'all-reduce', 'all-gather'}
-    assert not [name for *_, name in found if 'while' in name]
+    assert not collectives_in_loops(program)
     gathered = [shape for shape, kind, name in found if kind == 'all-gather' and 'sort' not in name]
     split = [x for x in jax.tree.leaves((state.params, state.slow_critic)) if not replicated(x)]
     assert len(gathered) <= len(split) and bool(gathered) == bool(split) == (fsdp > 1)
