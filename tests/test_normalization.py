@@ -8,6 +8,7 @@ from hypothesis import given
 
 from dreamerv3_jax.normalization import (
     init_return_percentiles,
+    percentile,
     return_scale,
     update_return_percentiles,
 )
@@ -47,6 +48,20 @@ def test_update_limits():
     np.testing.assert_array_equal(updated(state, [1.0, 2.0], rate=0.0), [-3, 7])
     np.testing.assert_allclose(updated(state, np.full((4, 5), 2.0), rate=1.0), [2, 2])
     np.testing.assert_allclose(updated(state, [1.0, 2.0], rate=1.0, low=0.0, high=100.0), [1, 2])
+
+
+@pytest.mark.parametrize('percent', [0, 5, 37.5, 50, 95, 100])
+@pytest.mark.parametrize('count', [1, 2, 3, 100, 101])
+def test_percentile(percent, count):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(count), jnp.float32)
+    np.testing.assert_allclose(percentile(x, percent), np.percentile(x, percent), rtol=1e-5)
+    np.testing.assert_allclose(percentile(x, percent), jnp.percentile(x, percent), rtol=1e-5)
+
+
+def test_percentile_by_hand():
+    # Of 4 numbers the 50th is in the middle of the second and the third.
+    assert percentile(jnp.array([[8.0, 1.0], [2.0, 4.0]]), 50) == 3
+    assert percentile(jnp.array([7.0, 7.0, 7.0]), 95) == 7
 
 
 def test_update_converges_to_the_percentiles():

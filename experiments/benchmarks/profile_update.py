@@ -31,7 +31,7 @@ PARTS = (
     ('Actor', 'actor'),
     ('Head', 'reward, continue and critic heads'),
     ('RSSMCell', 'recurrent model'),
-    ('percentile', 'return percentiles'),
+    ('top_k', 'return percentiles'),
     ('optimizer', 'optimiser'),
     ('jvp', 'losses and sampling'),
 )
