@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dreamerv3_jax import distributions
+from dreamerv3_jax.reductions import log_sum_exp
 from dreamerv3_jax.transforms import symlog, two_hot
 from dreamerv3_jax.types import Array
 
@@ -18,7 +19,7 @@ def two_hot_loss(logits: Array, target: Array, bins: np.ndarray) -> Array:
     """Cross entropy of the softmax of `logits` [..., K] with two-hot `target` [...] -> [...]."""
     chex.assert_shape(target, logits.shape[:-1])
     logits = logits.astype(jnp.float32)
-    return jax.nn.logsumexp(logits, -1) - jnp.sum(two_hot(target, bins) * logits, -1)
+    return log_sum_exp(logits) - jnp.sum(two_hot(target, bins) * logits, -1)
 
 
 def continue_loss(logit: Array, is_terminal: Array, *, discount: float) -> Array:
@@ -134,4 +135,4 @@ def critic_loss(
     chex.assert_shape(returns, logits.shape[:-1])
     logits = logits.astype(jnp.float32)
     target = two_hot(sg(returns), bins) + slow_scale * two_hot(sg(slow_value), bins)
-    return (1 + slow_scale) * jax.nn.logsumexp(logits, -1) - jnp.sum(target * logits, -1)
+    return (1 + slow_scale) * log_sum_exp(logits) - jnp.sum(target * logits, -1)

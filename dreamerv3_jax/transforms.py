@@ -1,10 +1,10 @@
 """Symlog and the two-hot coding of scalars (paper, "Robust predictions")."""
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dreamerv3_jax import reductions
 from dreamerv3_jax.types import Array
 
 
@@ -85,8 +85,7 @@ def two_hot_mean(logits: Array, bins: np.ndarray) -> Array:
     if bins[-1] != 0 or not np.array_equal(bins[:half], -positive):
         raise ValueError('The bins must be in the order of two_hot_bins.')
     logits = logits.astype(jnp.float32)
-    most = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-    weights = jnp.exp(logits - most)
+    weights = jnp.exp(logits - reductions.max_of_rows(logits)[..., None])
     difference = weights[..., half : 2 * half] - weights[..., :half]
     positive = positive.reshape((1,) * (logits.ndim - 1) + (-1,))
     return jnp.sum(difference * positive, -1) / jnp.sum(weights, -1)

@@ -145,6 +145,48 @@ def test_blocks_by_hand():
     assert layers.from_blocks(rows, axis=1).tolist() == x.tolist()
 
 
+def test_gradient_of_blocks_side_by_side():
+    x, weight = random(3, 4, 2), random(4, 6, seed=1)
+    gradient = jax.grad(lambda x: jnp.sum(weight * layers.from_blocks(x)))(x)
+    assert np.array_equal(gradient, layers.to_blocks(weight, 3))
+
+
+def test_product_by_hand():
+    # d(x W) for the gradient (1, 2) of the result: (1, 2) W^T and x^T (1, 2).
+    x, kernel = jnp.array([[3.0]]), jnp.array([[5.0, 7.0]])
+    result, backward = jax.vjp(layers.product, x, kernel)
+    assert result.tolist() == [[15, 21]]
+    assert [x.tolist() for x in backward(jnp.array([[1.0, 2.0]]))] == [[[19]], [[3, 6]]]
+
+
+@pytest.mark.parametrize(
+    ('x', 'kernel'), [((5, 2), (2, 7)), ((5, 7), (7, 2)), ((3, 5, 2), (3, 2, 7))]
+)
+def test_gradients_of_products(x, kernel):
+    x, kernel = random(*x), random(*kernel, seed=1)
+    weight = random(*x.shape[:-1], kernel.shape[-1], seed=2)
+
+    def gradients(product):
+        return jax.grad(lambda *xs: jnp.sum(weight * product(*xs)), (0, 1))(x, kernel)
+
+    jax.tree.map(close, gradients(layers.product), gradients(jnp.matmul))
+    # Nothing but the transposed kernel is kept where no gradient of the kernel is needed.
+    backward = jax.vjp(lambda x: layers.product(x, kernel), x)[1]
+    assert [x.shape for x in jax.tree.leaves(backward)] == [kernel.mT.shape]
+    close(*backward(weight), weight @ kernel.mT)
+
+
+def test_a_scan_transposes_its_kernels_once():
+    def last(x, kernel):
+        step = lambda x, _: (jnp.tanh(layers.product(x, kernel)), None)  # noqa: E731
+        return jax.lax.scan(step, x, length=3)[0].sum()
+
+    text = str(jax.make_jaxpr(jax.grad(last))(random(2, 4), random(4, 4, seed=1)))
+    before, *scans = text.split('scan[')
+    assert before.count('transpose') == 1 and len(scans) == 2
+    assert not any('transpose' in inside for inside in scans)
+
+
 # Normalisation.
 
 

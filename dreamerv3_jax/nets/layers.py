@@ -4,6 +4,7 @@ Every hidden layer is Linear -> RMSNorm -> SiLU. Parameters are float32; product
 the module's `dtype`, normalisation in float32.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dreamerv3_jax.reductions import add_to_rows, sum_of_rows
 from dreamerv3_jax.types import Array
 
 RMS_EPSILON = 1e-4
@@ -44,6 +46,36 @@ def along_last(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """[N, m] @ [m, n] -> [N, n], or of blocks [G, N, m] @ [G, m, n] -> [G, N, n].
+
+    The transposed kernel, by which gradients are multiplied, is computed with the result: a scan
+    does so once, before its first step.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array | None, Array]]:
+    kept = x.value if kernel.perturbed else None
+    return x.value @ kernel.value, (kept, kernel.value.mT)
+
+
+def _product_backward(
+    residuals: tuple[Array | None, Array], gradient: Array
+) -> tuple[Array, Array | None]:
+    x, transposed = residuals
+    x_gradient = gradient @ transposed
+    if x is None:
+        return x_gradient, None
+    if gradient.shape[-1] < x.shape[-1]:  # the longer rows are the quicker ones
+        return x_gradient, (gradient.mT @ x).mT
+    return x_gradient, x.mT @ gradient
+
+
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
 class Linear(nn.Module):
     """Linear layer over the concatenation of one or more inputs, which is never built.
 
@@ -71,7 +103,7 @@ class Linear(nn.Module):
         """Contribution of input `index` [..., inputs[index]] without bias -> [..., features]."""
         start = sum(self.inputs[:index])
         kernel = self.kernel[start : start + self.inputs[index]].astype(self.dtype)
-        return (rows(x).astype(self.dtype) @ kernel).reshape(*x.shape[:-1], self.features)
+        return product(rows(x).astype(self.dtype), kernel).reshape(*x.shape[:-1], self.features)
 
     def sum_of_parts(self, *xs: Array) -> Array:
         """Maps inputs [..., inputs[i]] -> [..., features], still without bias."""
@@ -82,7 +114,7 @@ class Linear(nn.Module):
     def __call__(self, *xs: Array) -> Array:
         """Maps inputs [..., inputs[i]] -> [..., features]."""
         x = self.sum_of_parts(*xs)
-        return (rows(x) + self.bias.astype(self.dtype)[None]).reshape(x.shape)
+        return add_to_rows(rows(x), self.bias.astype(self.dtype)).reshape(x.shape)
 
 
 class BlockLinear(nn.Module):
@@ -122,14 +154,13 @@ class BlockLinear(nn.Module):
         """
         own = x.shape[-1]
         kernel = self.kernel.astype(self.dtype)
-        batched = (((2,), (1,)), ((self.axis,), (0,)))
-        out = jax.lax.dot_general(x.astype(self.dtype), kernel[:, :own], batched)
+        out = product(jnp.moveaxis(x.astype(self.dtype), self.axis, 0), kernel[:, :own])
         out = jnp.moveaxis(out, 0, self.axis)
         bias = self.bias.astype(self.dtype)
         if shared is None:
             return out + jnp.expand_dims(bias.reshape(self.blocks, -1), 1 - self.axis)
         dense = kernel[:, own:].transpose(1, 0, 2).reshape(shared.shape[-1], self.features)
-        shared = shared.astype(self.dtype) @ dense + bias[None]
+        shared = product(shared.astype(self.dtype), dense) + bias[None]
         return out + to_blocks(shared, self.blocks, self.axis)
 
 
@@ -148,7 +179,19 @@ def from_blocks(x: Array, axis: int = 0) -> Array:
     A transposition would be fused with the arithmetic before it, which on CPU then runs number by
     number over strided memory; a concatenation is not.
     """
-    return jnp.concatenate(list(x), -1) if axis == 0 else x.reshape(x.shape[0], -1)
+    return _side_by_side(x, len(x)) if axis == 0 else x.reshape(x.shape[0], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _side_by_side(x: Array, blocks: int) -> Array:
+    """[G, N, n] -> [N, G * n]. Its gradient is one copy; by itself each block would be padded."""
+    return jnp.concatenate(list(x), -1)
+
+
+_side_by_side.defvjp(
+    lambda x, _: (jnp.concatenate(list(x), -1), None),
+    lambda blocks, _, gradient: (to_blocks(gradient, blocks),),
+)
 
 
 def recompute(function: Callable) -> Callable:
@@ -178,7 +221,13 @@ def _inverse_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 def inverse_rms(x: Array, axes: tuple[int, ...]) -> Array:
     """One over the root mean square of float32 x over `axes`, which stay with size 1."""
-    return inverse_root(jnp.mean(jnp.square(x), axes, keepdims=True) + RMS_EPSILON)
+    square = jnp.square(x)
+    if len(axes) == 1:
+        mean = jnp.mean(square, axes, keepdims=True)
+    else:  # over blocks, for CPUs in two steps that XLA does not make one of
+        rows_of_blocks = jnp.mean(square, axes[:-1], keepdims=True)
+        mean = sum_of_rows(rows_of_blocks)[..., None] * (1 / x.shape[-1])
+    return inverse_root(mean + RMS_EPSILON)
 
 
 def rms_norm(x: Array, axes: tuple[int, ...], scale: Array, dtype: jnp.dtype) -> Array:
