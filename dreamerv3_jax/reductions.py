@@ -50,30 +50,6 @@ def _sum_of_rows_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
     return sum_of_rows(*primals), jnp.sum(*tangents, -1)
 
 
-def sum_of_columns(x: Array) -> Array:
-    """Sum over the first axis, [N, n] -> [n]."""
-
-    def by_groups(x: Array) -> Array:
-        if len(x) % _REGISTER:
-            return jnp.sum(x, 0)
-        groups = x.reshape(-1, _REGISTER, x.shape[-1])
-        return jnp.sum(_fold(jnp.add, [groups[:, row] for row in range(_REGISTER)]), 0)
-
-    return _reduce(by_groups, lambda x: jnp.sum(x, 0), x)
-
-
-@jax.custom_vjp
-def add_to_rows(x: Array, vector: Array) -> Array:
-    """Adds a vector [n] to every row of [N, n]. Its gradient is a `sum_of_columns`."""
-    return x + vector[None]
-
-
-add_to_rows.defvjp(
-    lambda x, vector: (x + vector[None], None),
-    lambda _, gradient: (gradient, sum_of_columns(gradient)),
-)
-
-
 def _reduce(on_cpu: Callable[[Array], Array], elsewhere: Callable, x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamerv3_jax.reductions import add_to_rows, sum_of_rows
+from dreamerv3_jax.reductions import sum_of_rows
 from dreamerv3_jax.types import Array
 
 RMS_EPSILON = 1e-4
@@ -114,7 +114,7 @@ class Linear(nn.Module):
     def __call__(self, *xs: Array) -> Array:
         """Maps inputs [..., inputs[i]] -> [..., features]."""
         x = self.sum_of_parts(*xs)
-        return add_to_rows(rows(x), self.bias.astype(self.dtype)).reshape(x.shape)
+        return (rows(x) + self.bias.astype(self.dtype)[None]).reshape(x.shape)
 
 
 class BlockLinear(nn.Module):
