@@ -223,11 +223,10 @@ def inverse_rms(x: Array, axes: tuple[int, ...]) -> Array:
     """One over the root mean square of float32 x over `axes`, which stay with size 1."""
     square = jnp.square(x)
     if len(axes) == 1:
-        mean = jnp.mean(square, axes, keepdims=True)
-    else:  # over blocks, for CPUs in two steps that XLA does not make one of
-        rows_of_blocks = jnp.mean(square, axes[:-1], keepdims=True)
-        mean = sum_of_rows(rows_of_blocks)[..., None] * (1 / x.shape[-1])
-    return inverse_root(mean + RMS_EPSILON)
+        total = jnp.sum(square, axes, keepdims=True)
+    else:  # over blocks, which only CPUs do in two steps
+        total = sum_of_rows(jnp.sum(square, axes[:-1], keepdims=True))[..., None]
+    return inverse_root(total * (1 / math.prod(x.shape[axis] for axis in axes)) + RMS_EPSILON)
 
 
 def rms_norm(x: Array, axes: tuple[int, ...], scale: Array, dtype: jnp.dtype) -> Array:
