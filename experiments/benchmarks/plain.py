@@ -120,7 +120,20 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
     ),
     'blocks of the recurrent model first': ('nets.rssm_cell', 'RSSMCell.sequence', _sequence),
     'both targets of the critic in one pass': ('losses', 'critic_loss', _critic_loss),
+    'kernels transposed before the scan': (
+        'nets.layers',
+        'product',
+        lambda x, kernel: x @ kernel,
+    ),
+    'what parameters alone decide before the scan': ('rssm', 'hoist', lambda step, *_: step),
+    'maxima and sums of 16 numbers at once': (
+        'reductions',
+        '_reduce',
+        lambda on_cpu, elsewhere, x: elsewhere(x),
+    ),
 }
+# From images convolutions take most of the time, and what these bring is less than the noise.
+FROM_VECTORS = tuple(PATCHES)[-3:]
 SETTINGS = {
     'a device for each core': {'JAX_NUM_CPU_DEVICES': '1'},
     'settings of XLA': {'XLA_FLAGS': '--xla_cpu_prefer_vector_width=256'},  # the default
@@ -170,8 +183,9 @@ def ratio(plain: Form, as_it_is: Form, runs: int) -> float:
 
 def names(kind: str) -> list[str]:
     """The optimisations that can matter to an update from such observations."""
-    images = kind.startswith('images')
-    return [name for name, (module, *_) in PATCHES.items() if images or 'conv' not in module]
+    if kind.startswith('images'):
+        return [name for name in PATCHES if name not in FROM_VECTORS]
+    return [name for name, (module, *_) in PATCHES.items() if 'conv' not in module]
 
 
 def ratios(size: str, kind: str, runs: int, only: str) -> Iterator[tuple[str, float]]:
