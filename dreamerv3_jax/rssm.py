@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from dreamerv3_jax import distributions
 from dreamerv3_jax.config import AgentConfig
-from dreamerv3_jax.hoisting import hoist
 from dreamerv3_jax.nets import layers
 from dreamerv3_jax.networks import Network
 from dreamerv3_jax.types import Array, Latent, Params, StoredLatent
@@ -286,9 +285,7 @@ def imagine(
         following = imagine_step(dynamics, params, latent, embedded, step_uniform, unimix=unimix)
         return following, (latent, record)
 
-    inputs = (uniform, act_uniform)
-    step = hoist(step, start, jax.tree.map(lambda x: x[0], inputs))
-    last, outputs = jax.lax.scan(step, start, inputs)
+    last, outputs = jax.lax.scan(step, start, (uniform, act_uniform))
     latents, records = jax.tree.map(lambda x: x.swapaxes(0, 1), outputs)
     return latents, last, records
 

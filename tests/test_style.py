@@ -17,7 +17,7 @@ PACKAGE = ROOT / 'dreamerv3_jax'
 # import each other, and so may the files of the first two layers.
 LAYERS = (
     'errors startup config configs presets settings arguments topology program flops '
-    'types reductions hoisting transforms distributions returns normalization',
+    'types reductions transforms distributions returns normalization',
     'durable images spaces metrics progress interrupts free_space replay train_ratio '
     'envs video_file env_report',
     'losses nets',

@@ -125,7 +125,6 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
         'product',
         lambda x, kernel: x @ kernel,
     ),
-    'what parameters alone decide before the scan': ('rssm', 'hoist', lambda step, *_: step),
     'maxima and sums of 16 numbers at once': (
         'reductions',
         '_reduce',
@@ -133,7 +132,7 @@ PATCHES: dict[str, tuple[str, str, Callable]] = {
     ),
 }
 # From images convolutions take most of the time, and what these bring is less than the noise.
-FROM_VECTORS = tuple(PATCHES)[-3:]
+FROM_VECTORS = tuple(PATCHES)[-2:]
 SETTINGS = {
     'a device for each core': {'JAX_NUM_CPU_DEVICES': '1'},
     'settings of XLA': {'XLA_FLAGS': '--xla_cpu_prefer_vector_width=256'},  # the default
